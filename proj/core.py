@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'ProjError', 'DataError', 'ConfigError', 'MachineError', 'GateError', 'suggest', 'named', 'rng',
            'seed_everything', 'pick_device', 'pick_precision', 'sha256_file', 'sha256_json', 'sha256_weights',
-           'disk_error', 'atomic', 'write_json', 'read_json', 'progress', 'timed', 'library_versions']
+           'disk_error', 'atomic', 'write_json', 'read_json', 'progress', 'show_log', 'library_versions']
 
 # %% ../nbs/00_core.ipynb #922cce21
-import difflib, errno, hashlib, json, logging, os, sys, tempfile, time
+import difflib, errno, hashlib, json, logging, os, sys, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,13 +69,13 @@ def seed_everything(seed: int):
 
 # %% ../nbs/00_core.ipynb #395c0b66
 def pick_device(
-    device: str = "auto",  # auto, cpu, cuda, cuda:1, mps
+    device: str = "auto",  # auto, cpu, cuda, mps
 ) -> str:
     "The device to compute on."
     import torch
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "auto": return best
-    if device.split(":")[0] not in ("cpu", best):
+    if device not in ("cpu", best):
         raise MachineError(f"device '{device}' is not available here, '{best}' is; use device=auto")
     return device
 
@@ -87,9 +87,9 @@ def pick_precision(
     "The precision to compute in; weights stay in fp32, bf16 means autocast."
     import torch
     on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    native = torch.cuda.is_bf16_supported() if device.startswith("cuda") else on_cpu if device == "cpu" else False
+    native = torch.cuda.is_bf16_supported() if device == "cuda" else on_cpu if device == "cpu" else False
     if precision == "auto": return "bf16" if native else "fp32"
-    if precision == "bf16" and device.startswith("cuda") and not native:
+    if precision == "bf16" and device == "cuda" and not native:
         raise MachineError(f"device '{device}' has no bf16; use precision=fp32")
     return precision
 
@@ -183,18 +183,18 @@ def progress(
     return tqdm(items, desc=desc, total=total, file=_Lines(sys.stdout), mininterval=5, maxinterval=60, delay=5, leave=False, ncols=80,
                 bar_format="{desc}: {n_fmt} of {total_fmt} ({percentage:.0f} %), {elapsed} gone, {remaining} left", **kw)
 
+# %% ../nbs/00_core.ipynb #a3f0722b
+def show_log(level: str = "INFO"):
+    "Print what `proj` logs, one plain line each; other libraries only when something is wrong."
+    if not any(isinstance(h, logging.StreamHandler) for h in log.handlers): log.addHandler(logging.StreamHandler(sys.stdout))
+    log.setLevel(level)
+    log.propagate = False
+    for name in ("sentence_transformers", "transformers", "datasets", "httpx"): logging.getLogger(name).setLevel("ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
 # %% ../nbs/00_core.ipynb #5586a35f
-@contextmanager
-def timed(
-    seconds: dict,  # filled in: name -> seconds
-    name: str,      # what is timed
-):
-    "Add the seconds a block takes to `seconds[name]`."
-    start = time.perf_counter()
-    try: yield
-    finally: seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 3)
-
-
 def library_versions() -> dict:
     "The versions that a result depends on."
     import platform

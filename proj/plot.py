@@ -13,8 +13,9 @@ COLOURS = {"trained": "#0072B2", "zero_shot": "#E69F00", "bm25": "#009E73", "neg
 
 
 def new_axes(ax=None):
-    "The Axes that was given, or a new one of 5 x 3 inches at 72 dpi, registered with nothing global."
+    "The Axes that was given, or a new one of 5 x 3 inches at 72 dpi; pyplot does not keep it, so nothing has to be closed."
     if ax is not None: return ax
+    import matplotlib.pyplot  # a notebook shows figures only after this import
     from matplotlib.figure import Figure
     ax = Figure(figsize=(5, 3), dpi=72, layout="constrained").add_subplot()
     ax.spines[["top", "right"]].set_visible(False)
@@ -87,7 +88,7 @@ def results_plot(
     names = sorted((name for name in systems if metric in systems[name]), key=lambda name: systems[name][metric]["value"])
     for y, name in enumerate(names):
         figure = systems[name][metric]
-        ax.plot(figure["ci95"], [y, y], color=COLOURS.get(name, "#56B4E9"), lw=2.5, solid_capstyle="round")
+        ax.plot(figure["ci95"] or [figure["value"]] * 2, [y, y], color=COLOURS.get(name, "#56B4E9"), lw=2.5, solid_capstyle="round")
         ax.plot(figure["value"], y, "o", color=COLOURS.get(name, "#56B4E9"), ms=7)
         ax.annotate(f"{figure['value']:.3f}", (figure["value"], y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel=f"{metric}, 95 % interval", ylim=(-0.6, len(names) - 0.3))

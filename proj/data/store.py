@@ -148,7 +148,7 @@ def render(
     columns |= {name: [documents[d[j]] for j in drawn[:, i]] for i, name in enumerate(names)}
     if shape == "scored triplets":
         teacher = store.judgements["teacher_score"].to_numpy(zero_copy_only=False)
-        columns["score"] = (teacher[rows] - teacher[drawn[:, 0]]).tolist()
+        columns["score"] = np.stack([teacher[rows], teacher[drawn[:, 0]]], axis=1).tolist()
         if not np.isfinite(columns["score"]).all(): raise DataError("teacher_score is missing for some judgements; score all positives and negatives")
     return columns
 
