@@ -3,7 +3,9 @@ __version__ = "0.1.0"
 
 # name -> module: looked up on first use, so that `import proj` stays fast and brings neither torch nor transformers
 _public = dict(
-    ProjError="core", DataError="core", ConfigError="core", MachineError="core", GateError="core",
+    ProjError="core", DataError="core", ConfigError="core", MachineError="core", GateError="core", show_log="core",
+    TrainConfig="config", EvaluateConfig="config", Run="run", Store="data.store", load_data="data.sources",
+    DualEncoder="models.dual", BM25="models.lexical", Evaluation="evaluate", Report="report", Training="train", fit="train",
 )
 __all__ = list(_public)
 
@@ -15,4 +17,4 @@ def __getattr__(name):
     return value
 
 
-def __dir__(): return sorted([*globals(), *_public])
+def __dir__(): return sorted({*globals(), *_public})

@@ -8,10 +8,11 @@ __all__ = ['BLOCK', 'bootstrap', 'mean_intervals', 'mean_interval', 'sign_flip_p
 
 # %% ../nbs/51_compare.ipynb #f2210b3d
 from html import escape
+from itertools import chain
 
 import numpy as np
 
-from .core import DataError, rng
+from .core import DataError, named, rng
 from .metrics import ledger_values
 
 # %% ../nbs/51_compare.ipynb #7a471047
@@ -63,7 +64,7 @@ def mean_intervals(
     skew = ((values - value[:, None])**3).mean(1) / np.where(scale > 0, scale, 1)**3
     z = shift + ndtri([[0.025], [0.975]])  # (2, m)
     level = ndtr(shift + z / (1 - skew / (6 * np.sqrt(n)) * z))
-    ends = [v + np.quantile(column, at) for v, column, at in zip(value, means.T, level.T)]
+    ends = [np.clip(v + np.quantile(column, at), row.min(), row.max()) for v, column, at, row in zip(value, means.T, level.T, values)]
     return [dict(value=float(v), ci95=[float(lo), float(hi)], n=n) for v, (lo, hi) in zip(value, ends)]
 
 
@@ -90,7 +91,7 @@ def sign_flip_p(
         extreme += (np.abs(signs @ differences.T) >= observed).sum(0)
     return extreme / (n_resamples + 1)
 
-
+# %% ../nbs/51_compare.ipynb #75b83f05
 def paired_differences(
     a,             # (m, n) one row per metric, one column per query
     b,             # (m, n) the other system, same queries in the same order
@@ -104,9 +105,8 @@ def paired_differences(
     p, value, error = sign_flip_p(d, seed, n_resamples), d.mean(1), d.std(1) / np.sqrt(n)
     if n == 1: return [dict(value=float(v), ci95=None, p=float(q), n=1) for v, q in zip(value, p)]
     means, errors = bootstrap(d, seed, n_resamples)
-    # a resample of equal values states no error: it holds the mean of the very few that differ at most, and counts as no deviation
-    t = np.divide(np.abs(means), errors, out=np.zeros_like(means), where=errors > 1e-12 * error)
-    half = np.quantile(t, 0.95, axis=0) * error
+    errors = np.where(errors > 1e-6 * error, errors, error)  # a resample of equal values states none but for rounding: take the sample's
+    half = np.quantile(np.abs(means) / np.where(error > 0, errors, 1), 0.95, axis=0) * error
     return [dict(value=float(v), ci95=[float(v - h), float(v + h)], p=float(q), n=n) for v, h, q in zip(value, half, p)]
 
 
@@ -130,10 +130,11 @@ def movers(
     a, b = ledger_values(ledger_a, metric), ledger_values(ledger_b, metric)
     alone = sorted(a.keys() ^ b.keys())
     if alone: raise DataError(f"query '{alone[0]}' is in one ledger only (one of {len(alone):,}); compare systems on the same queries")
-    changes = sorted((b[query] - a[query], query) for query in a)
+    gain = {query: a[query] - b[query] for query in a}
+    gained = sorted((query for query in gain if gain[query] > 0), key=lambda query: (-gain[query], query))
+    lost = sorted((query for query in gain if gain[query] < 0), key=lambda query: (gain[query], query))
     def rows(found): return [dict(query_id=query, a=a[query], b=b[query]) for query in found[:k]]
-    return dict(gained=rows([query for change, query in changes if change < 0]),
-                lost=rows([query for change, query in sorted((-c, query) for c, query in changes) if change < 0]))
+    return dict(gained=rows(gained), lost=rows(lost))
 
 # %% ../nbs/51_compare.ipynb #4f1e75dc
 class Summary(dict):
@@ -186,7 +187,8 @@ def summarise(
             if len(values) != len(query_ids):
                 raise DataError(f"system '{name}' has {len(values):,} values of '{metric}' for {len(query_ids):,} queries; pass one per query")
     names = list(systems)
-    pairs = [(names[0], other) for other in names[1:]] if pairs is None else pairs
+    pairs = [(first, other) for first in names[:1] for other in names[1:]] if pairs is None else pairs
+    for name in chain.from_iterable(pairs): named("system", name, systems)
     keys = [(name, metric) for name in names for metric in systems[name]]
     figures = dict(zip(keys, mean_intervals([systems[name][metric] for name, metric in keys], seed, n_resamples)))
     result = Summary(systems={name: {metric: figures[name, metric] for metric in systems[name]} for name in names}, differences={})

@@ -171,7 +171,13 @@ class EncodedPool:
         vectors = self.encoder.encode(queries, kind="query")
         for start in range(0, len(queries), size):
             block = slice(start, min(start + size, len(queries)))
-            yield block, self.encoder.similarity(vectors[block], self.vectors)
+            yield block, self.encoder.compare(vectors[block], self.vectors)
+
+    def rank(self, query: str, top_k: int | None = None):
+        "The documents of the pool from best to worst, as a Ranking."
+        from proj.models.dual import make_ranking
+        scores = next(self.blocks([query], self.texts))[1][0]
+        return make_ranking(query, dict(zip(self.ids, self.texts)), scores, top_k)
 
     def save(self, path):
         "doc_id, text and embedding of every document, as Parquet."

@@ -164,10 +164,10 @@ def ranks_in_matrix(
         raise DataError(f"{len(query_ids):,} query ids, {len(own):,} columns to exclude and query row {row.max(initial=-1)} do not fit; pass one of each per query")
     keep = (own[row] != col) | (col < 0)
     row, col, grade = row[keep], col[keep], grade[keep]
-    rank, start, pool = np.zeros(len(row), np.int64), 0, 0
+    rank, start, stop, pool = np.zeros(len(row), np.int64), 0, 0, 0
     for block in [scores] if hasattr(scores, "ndim") else scores:
         block = _floats(block)
-        stop, pool, last = start + len(block), block.shape[1], max(col.max(initial=-1), own.max(initial=-1))
+        stop, pool, last = start + len(block), block.shape[1], max(col.max(initial=0), own.max(initial=0))
         if stop > len(own): break
         if last >= pool: raise DataError(f"document column {last} is judged or excluded, but there are {pool:,} documents")
         part = slice(*np.searchsorted(row, [start, stop]))
@@ -215,7 +215,7 @@ def ranks_in_run(
     scores, score = read(run, query_ids, row, docs)
     return Ranks(row, _ranks_in_block(scores, row, score, grade, query_ids), grade, query_ids, pool)
 
-
+# %% ../nbs/50_metrics.ipynb #a0741da8
 def _judgements(qrels, query_ids):
     "The queries, and the relevant judgements as columns: row of the query, document id, grade."
     queries = sorted(qrels) if query_ids is None else list(query_ids)

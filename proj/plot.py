@@ -6,6 +6,8 @@
 __all__ = ['COLOURS', 'new_axes', 'rolling_mean', 'learning_curve', 'separation', 'score_humps', 'results_plot']
 
 # %% ../nbs/02_plot.ipynb #951fb33e
+import sys
+
 import numpy as np
 
 # %% ../nbs/02_plot.ipynb #90465e17
@@ -15,11 +17,19 @@ COLOURS = {"trained": "#0072B2", "zero_shot": "#E69F00", "bm25": "#009E73", "neg
 def new_axes(ax=None):
     "The Axes that was given, or a new one of 5 x 3 inches at 72 dpi; pyplot does not keep it, so nothing has to be closed."
     if ax is not None: return ax
-    import matplotlib.pyplot  # a notebook shows figures only after this import
     from matplotlib.figure import Figure
+    _let_notebooks_show()
     ax = Figure(figsize=(5, 3), dpi=72, layout="constrained").add_subplot()
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def _let_notebooks_show():
+    "IPython shows figures made without pyplot only after it was told how."
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None: return
+    from IPython.core.pylabtools import select_figure_formats
+    select_figure_formats(shell, {"png"})
 
 # %% ../nbs/02_plot.ipynb #b92b662d
 def rolling_mean(
@@ -52,8 +62,8 @@ def learning_curve(
         right.spines["top"].set_visible(False)
         right.plot(*zip(*evaluations), "o-", color=COLOURS["zero_shot"], ms=4, lw=1.2, label=f"validation {metric}")
         right.set_ylabel(f"validation {metric}")
-        right.legend(loc="upper right", frameon=False, fontsize=8)
-    ax.legend(loc="upper left", frameon=False, fontsize=8)
+    handles = [line for axes in ax.figure.axes for line in axes.get_lines() if not line.get_label().startswith("_")]
+    ax.legend(handles=handles, loc="center right", frameon=False, fontsize=8)
     return ax
 
 # %% ../nbs/02_plot.ipynb #7b3db07d

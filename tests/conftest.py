@@ -8,6 +8,7 @@ from pathlib import Path
 _threads = str(min(2, os.cpu_count() or 1))
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ.setdefault(_name, _threads)
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"): os.environ[_name] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine, threads that spin while they wait double the time a small model trains
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg", "JUPYTER_PREFER_ENV_PATH": "1"}
 for _name in [n for n in os.environ if n.startswith("PROJ_") and n != "PROJ_DATA"]: del os.environ[_name]  # someone's own defaults
 

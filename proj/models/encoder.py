@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MINILM', 'MINILM_SHA256', 'PRESETS', 'NAMES', 'SCRATCH_TYPE', 'cached_minilm', 'packaged_minilm', 'download',
            'resolve', 'module_types', 'refuse_code', 'detect_pooling', 'train_tokenizer', 'PreLNTransformer',
-           'ScratchEncoder', 'static_modules', 'quiet', 'dropouts', 'load_folder', 'position_limit', 'load_encoder',
-           'build']
+           'ScratchEncoder', 'inverse_document_frequency', 'static_modules', 'quiet', 'dropouts', 'load_folder',
+           'position_limit', 'load_encoder', 'build']
 
 # %% ../../nbs/30_models.encoder.ipynb #be49d4b2
 import importlib.util, re
@@ -219,19 +219,32 @@ class ScratchEncoder(InputModule):
         return cls.load_torch_weights(folder, model=cls(PreTrainedTokenizerFast.from_pretrained(folder), **config))
 
 # %% ../../nbs/30_models.encoder.ipynb #bdd9612f
+def inverse_document_frequency(
+    tokenizer,         # a `tokenizers.Tokenizer`
+    texts,             # (n,) training texts
+) -> torch.Tensor:     # (V,) above 0; largest for tokens that no text has
+    "log(1 + n / (1 + number of texts with the token)), per token."
+    texts, count = list(texts), torch.ones(tokenizer.get_vocab_size())
+    for found in tokenizer.encode_batch(texts, add_special_tokens=False): count[list(set(found.ids))] += 1
+    return torch.log1p(len(texts) / count)
+
+
 def static_modules(
     folder,                         # a BERT-like model with model.safetensors and tokenizer.json
-    max_length: int | None = None,  # tokens kept of a text; all if not given
+    texts=None,                     # training texts, to weight the tokens by; None: all alike
+    max_length: int | None = None,  # tokens kept of a text; None: all
 ) -> list:                          # modules for a SentenceTransformer
     "The average of a model's input embeddings, normalised."
     from safetensors import safe_open
     from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
+    tokenizer.no_padding()
     tokenizer.enable_truncation(max_length) if max_length else tokenizer.no_truncation()
     with safe_open(str(Path(folder, "model.safetensors")), "pt") as weights:
-        name = next(name for name in weights.keys() if name.endswith("embeddings.word_embeddings.weight"))
-        return [StaticEmbedding(tokenizer, embedding_weights=weights.get_tensor(name)), Normalize()]
+        table = weights.get_tensor(next(name for name in weights.keys() if name.endswith("embeddings.word_embeddings.weight")))
+    if texts: table = table * inverse_document_frequency(tokenizer, texts).unsqueeze(1)  # (V, d)
+    return [StaticEmbedding(tokenizer, embedding_weights=table), Normalize()]
 
 # %% ../../nbs/30_models.encoder.ipynb #1aeda201
 @contextmanager
@@ -288,7 +301,7 @@ def position_limit(
 def load_encoder(
     model: str = "minilm",           # minilm, tiny, scratch, static, a folder, or a hub id
     *,
-    texts=None,                      # training texts, for the tokenizer of tiny and scratch
+    texts=None,                      # training texts, for the tokenizer of tiny and scratch and the weights of static
     max_length: int | None = None,   # tokens kept of a text; None: the model's own limit
     device: str = "cpu",             # auto, cpu, cuda, mps
     dropout: float | None = None,    # in [0, 1); None: the model's own
@@ -298,7 +311,7 @@ def load_encoder(
     from sentence_transformers import SentenceTransformer
     if dropout is not None and not 0 <= dropout < 1: raise ConfigError(f"dropout is {dropout}; expected a number in [0, 1)")
     device = pick_device(device)
-    if model == "static": return SentenceTransformer(modules=static_modules(resolve("minilm"), max_length), device=device)
+    if model == "static": return SentenceTransformer(modules=static_modules(resolve("minilm"), texts, max_length), device=device)
     if model in PRESETS:
         encoder = SentenceTransformer(modules=[build(model, texts, dropout, seed)], device=device)
     else: encoder = load_folder(resolve(model), device, dropout)

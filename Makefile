@@ -1,0 +1,51 @@
+LOSS   ?= mnr
+VENV   ?= .venv
+PYTHON ?= python3
+ARGS   ?=
+README_DIR ?= .
+
+export PATH := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin:$(PATH)
+export JUPYTER_PREFER_ENV_PATH := 1
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint docs readme clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+	@echo 'LOSS=$(LOSS)  VENV=$(VENV)  PYTHON=$(PYTHON)  ARGS="-p data FILE.jsonl -p max_steps 100" can be set behind the target.'
+
+setup: $(READY)  ## make the virtual environment; done again only when a requirement changes
+
+# torch goes first: no other requirement may choose its version or build
+$(READY): settings.ini constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt $(shell grep '^torch==' constraints.txt)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,offline]'
+	@touch $@
+
+train: setup  ## train with LOSS, evaluate, write the report: make train LOSS=mnr
+	@out="runs/dual-$(LOSS)-$$(date -u +%Y%m%d-%H%M%S)" && mkdir -p "$$out" && set -x && \
+	papermill -k python3 nbs/train.ipynb "$$out/report.ipynb" -p loss $(LOSS) -p out "$$out" $(ARGS)
+
+test: setup  ## run every numbered notebook, then tests/
+	$(VENV)/bin/nbdev-test nbs --file-re '^[0-9]'
+	$(VENV)/bin/python -m pytest
+
+lint: setup  ## look for errors in the Python files
+	$(VENV)/bin/ruff check .
+
+docs: setup  ## write proj/ and README.md from the notebooks
+	$(VENV)/bin/nbdev-export
+	$(VENV)/bin/nbdev-clean
+	$(MAKE) readme
+
+# nbconvert drops hidden cells before it executes the rest
+readme: setup
+	$(VENV)/bin/jupyter nbconvert --execute --to markdown nbs/index.ipynb --output-dir "$(README_DIR)" --output README \
+	  --RegexRemovePreprocessor.patterns='#\s*\|\s*hide'
+
+clean:  ## remove caches and builds; runs and the virtual environment stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis _proc _docs
+	find proj tests nbs -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

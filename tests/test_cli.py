@@ -1,0 +1,143 @@
+"The command line and papermill, as a user meets them."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from proj.config import EvaluateConfig, TrainConfig
+from proj.core import read_json
+from proj.run import Run
+
+from test_train import rows
+
+NBS = Path(__file__).parent.parent / "nbs"
+SMALL = dict(model="tiny", max_steps=4, batch_size=8, max_length=32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("work")
+    (path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    return path
+
+
+def run_papermill(folder, *arguments):
+    return subprocess.run([sys.executable, "-m", "papermill", str(NBS / "train.ipynb"), "out.ipynb", "-k", "python3", "--no-progress-bar", *map(str, arguments)],
+                          cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+def flat(values, flag): return [part for name, value in values.items() for part in (flag, name, str(value))]
+
+
+@pytest.mark.parametrize("name, cls", [("train", TrainConfig), ("evaluate", EvaluateConfig)])
+def test_a_notebook_declares_exactly_the_fields_of_its_config(name, cls):
+    declared = papermill.inspect_notebook(str(NBS / f"{name}.ipynb"))
+    assert list(declared) == list(cls.model_fields)
+    for field, parameter in declared.items():
+        info = cls.model_fields[field]
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+        written = eval(parameter["default"])
+        assert written == default or (written == {} and field == "optimizer"), field
+
+
+def test_the_train_notebook_runs_and_is_its_own_report(folder):
+    done = run_papermill(folder, *flat(SMALL | dict(loss="mnr", data="pairs.jsonl", lr="1e-3", out="runs/note"), "-p"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = Run.open(folder / "runs" / "note")
+    assert run.facts["status"] == "finished" and run.facts["config"]["lr"] == 1e-3
+    notebook = nbformat.read(folder / "out.ipynb", 4)
+    shown = [o["data"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    assert sum("image/png" in data for data in shown) == 5
+    assert any("The trained model" in data.get("text/plain", "") for data in shown)
+
+
+def test_a_preset_file_is_a_papermill_file(folder):
+    done = run_papermill(folder, "-f", NBS / "presets" / "baseline.yaml", *flat(SMALL | dict(data="pairs.jsonl", out="runs/preset"), "-p"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = Run.open(folder / "runs" / "preset").facts["config"]
+    assert (config["loss"], config["temperature"], config["warmup"], config["max_steps"], config["precision"]) == ("infonce", 0.07, 1000, 4, "bf16")
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["-p", "los", "mnr"], "did you mean 'loss'?"), (["-p", "bf16", "false"], "here it is called 'precision'"), (["-p", "lr", "nan"], "finite"), (["-p", "lr", "fast"], "number"),
+])
+def test_papermill_with_a_wrong_parameter_fails_with_our_line(folder, arguments, says):
+    done = run_papermill(folder, *arguments)
+    assert done.returncode != 0 and says in done.stderr
+
+
+def test_proj_run_through_papermill(folder, proj_cli):
+    done = proj_cli("run", "train", *flat(SMALL | dict(data="pairs.jsonl", out="runs/cli", lr="1e-3"), "-p"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs/cli/report.ipynb").exists() and (folder / "runs/cli/report.html").exists()
+    assert "training" in read_json(folder / "runs/cli/run.json")["seconds"]
+    notebook = nbformat.read(folder / "runs/cli/report.ipynb", 4)
+    assert any("injected-parameters" in c.metadata.get("tags", []) for c in notebook.cells)
+
+
+@pytest.mark.parametrize("arguments, code, says", [
+    (["trian"], 2, "unknown verb 'trian'; did you mean 'train'?"),
+    (["train", "--los", "mnr"], 2, "unknown parameter 'los'; did you mean 'loss'?"),
+    (["train", "--lr", "nan"], 2, "parameter 'lr' should be a finite number"),
+    (["train", "--max_steps", "1.5"], 2, "parameter 'max_steps'"),
+    (["train", "--lr"], 2, "expected one argument"),
+    (["train", "stray"], 2, "unrecognized arguments: stray"),
+    (["train", "--config", "none.yaml"], 2, "none.yaml: cannot be read"),
+    (["train", "--loss", "BatchHardTripletLoss"], 2, "class labels"),
+    (["train", "--device", "mps"], 3, "not available here"),
+    (["train", "--data", "nowhere.jsonl"], 2, "no data 'nowhere.jsonl'"),
+    (["run", "train", "-p", "loss=1;import os", "x"], 2, "is not an identifier"),
+    (["run", "train", "-p", "los", "mnr"], 2, "did you mean 'loss'?"),
+    (["run", "trian"], 2, "did you mean 'train'?"),
+    (["run", "nowhere.ipynb"], 2, "no such notebook"),
+    (["rank", "runs/none", "query"], 2, "no run folder"),
+    (["rank", "runs/none", " "], 2, "blank"),
+    (["evaluate", "runs/none"], 2, "no run folder"),
+    (["inspect", "runs/none"], 2, "no run folder"),
+    (["list", "lossse"], 2, "invalid choice"),
+])
+def test_mistakes_get_one_line_and_an_exit_code(proj_cli, arguments, code, says):
+    done = proj_cli(*arguments)
+    assert (done.returncode, done.stdout) == (code, "") and says in done.stderr
+    assert done.stderr.startswith("proj: ") and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_traceback_comes_with_v_only(proj_cli):
+    assert "Traceback" in proj_cli("train", "--los", "mnr", "-v").stderr
+
+
+@pytest.mark.parametrize("verb", ["", "train", "evaluate", "rank", "inspect", "list", "run"])
+def test_help_loads_nothing_heavy(verb):
+    script = ("import sys; from proj.cli import main\ncode = main([a for a in [sys.argv[1], '--help'] if a])\n"
+              "print(sorted({'torch', 'transformers', 'sentence_transformers', 'datasets', 'IPython', 'matplotlib', 'scipy'} & set(sys.modules)), file=sys.stderr); sys.exit(code)")
+    done = subprocess.run([sys.executable, "-c", script, verb], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]" and len(done.stdout) > 100, done.stderr
+
+
+def test_environment_and_file_and_flags_are_layered(proj_cli, folder):
+    (folder / "spec.yaml").write_text("loss: infonce\nlr: 1e-4\nseed: 5\n")
+    flags = [f"--{name}={value}" for name, value in (SMALL | dict(data="pairs.jsonl", out="runs/layers")).items()]
+    done = proj_cli("train", "--config", "spec.yaml", "--seed", "7", *flags, cwd=folder, env={"PROJ_LR": "2e-4", "PROJ_SEED": "6"})
+    assert done.returncode == 0, done.stderr
+    config = Run.open(folder / "runs/layers").facts["config"]
+    assert (config["loss"], config["lr"], config["seed"]) == ("infonce", 2e-4, 7)
+    again = proj_cli("train", "--data", "pairs.jsonl", cwd=folder, env={"PROJ_LOS": "mnr"})
+    assert again.returncode == 2 and "environment variable PROJ_LOS: unknown parameter 'los'; did you mean 'loss'?" in again.stderr
+
+
+def test_a_run_can_be_ranked_inspected_listed_and_evaluated(proj_cli, folder):
+    if not (folder / "runs/layers").exists(): test_environment_and_file_and_flags_are_layered(proj_cli, folder)
+    ranked = proj_cli("rank", "runs/layers", "sort a list", "-k", "3", cwd=folder)
+    assert ranked.returncode == 0 and len(ranked.stdout.splitlines()) == 4, ranked.stderr
+    assert "MRR" in proj_cli("inspect", "runs/layers", cwd=folder).stdout
+    assert "finished" in proj_cli("list", "runs", cwd=folder).stdout
+    measured = proj_cli("evaluate", "runs/layers", "--out", "again", cwd=folder)
+    assert measured.returncode == 0, measured.stderr
+    ours, again = read_json(folder / "runs/layers/metrics.json"), read_json(folder / "again/metrics.json")
+    assert again["systems"]["trained"] == ours["systems"]["trained"] and again["pool"] == ours["pool"]
+    other = proj_cli("evaluate", "runs/layers", "--data", "pairs.jsonl", cwd=folder)
+    assert other.returncode == 0 and read_json(folder / "runs/layers/evaluations/pairs/metrics.json")["systems"]["bm25"]["mrr"]["n"] == 100
