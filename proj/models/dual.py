@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import ConfigError, DataError, MachineError, disk_error, pick_precision, progress, sha256_weights
 
@@ -166,26 +167,6 @@ class DualEncoder:
         "Similarity (n_q, n_d) float32 of query vectors to document vectors, by the model's own measure."
         return self.model.similarity(q, d).numpy().astype(np.float32)
 
-    def score(self, queries, candidates, **kw) -> np.ndarray:
-        "Similarity (n_q, n_c) of every query to every candidate, float32; equal texts have equal scores."
-        queries, rows = unique_texts(checked_texts(queries))
-        candidates, columns = unique_texts(checked_texts(candidates))
-        if not queries or not candidates: return np.zeros((len(rows), len(columns)), np.float32)
-        return self.compare(self.encode(queries, "query", **kw), self.encode(candidates, "document", **kw))[rows][:, columns]
-
-    def blocks(self, queries, candidates, size: int = 512):
-        "(which queries, their scores over all candidates) for `size` queries at a time; every text is encoded once."
-        q, d = self.encode(queries, "query"), self.encode(candidates, "document")
-        for start in range(0, len(q), size):
-            block = slice(start, min(start + size, len(q)))
-            yield block, self.compare(q[block], d)
-
-    def rank(self, query: str, candidates, top_k: int | None = None, **kw) -> Ranking:
-        "The candidates, a list of texts or a mapping id -> text, from best to worst."
-        if not isinstance(candidates, Mapping): candidates = checked_texts(candidates)
-        texts = list(candidates.values()) if isinstance(candidates, Mapping) else candidates
-        return make_ranking(query, candidates, self.score([query], texts, **kw)[0], top_k)
-
     def weights_hash(self) -> str:
         "sha256 of the weights: embeddings made with other weights have another key."
         return sha256_weights(self.model)
@@ -202,3 +183,29 @@ class DualEncoder:
         "A dual encoder by name, folder, run folder or hub id; further arguments are those of `load_encoder`."
         from proj.models.encoder import load_encoder
         return cls(load_encoder(str(model), **kw), precision)
+
+# %% ../../nbs/31_models.dual.ipynb #95173742
+@patch
+def score(self: DualEncoder, queries, candidates, **kw) -> np.ndarray:
+    "Similarity (n_q, n_c) of every query to every candidate, float32; equal texts have equal scores."
+    queries, rows = unique_texts(checked_texts(queries))
+    candidates, columns = unique_texts(checked_texts(candidates))
+    if not queries or not candidates: return np.zeros((len(rows), len(columns)), np.float32)
+    return self.compare(self.encode(queries, "query", **kw), self.encode(candidates, "document", **kw))[rows][:, columns]
+
+
+@patch
+def blocks(self: DualEncoder, queries, candidates, size: int = 512):
+    "(which queries, their scores over all candidates) for `size` queries at a time; every text is encoded once."
+    q, d = self.encode(queries, "query"), self.encode(candidates, "document")
+    for start in range(0, len(q), size):
+        block = slice(start, min(start + size, len(q)))
+        yield block, self.compare(q[block], d)
+
+
+@patch
+def rank(self: DualEncoder, query: str, candidates, top_k: int | None = None, **kw) -> Ranking:
+    "The candidates, a list of texts or a mapping id -> text, from best to worst."
+    if not isinstance(candidates, Mapping): candidates = checked_texts(candidates)
+    texts = list(candidates.values()) if isinstance(candidates, Mapping) else candidates
+    return make_ranking(query, candidates, self.score([query], texts, **kw)[0], top_k)

@@ -18,7 +18,7 @@ from sentence_transformers.base.modules import InputModule
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import ConfigError, DataError, MachineError, log, named, pick_device, read_json, sha256_file, suggest, write_json
+from ..core import ConfigError, DataError, MachineError, ProjError, log, named, pick_device, read_json, sha256_file, suggest, write_json
 
 # %% ../../nbs/30_models.encoder.ipynb #8f3c938b
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -230,17 +230,16 @@ def inverse_document_frequency(
 
 
 def static_modules(
-    folder,                         # a BERT-like model with model.safetensors and tokenizer.json
-    texts=None,                     # training texts, to weight the tokens by; None: all alike
-    max_length: int | None = None,  # tokens kept of a text; None: all
-) -> list:                          # modules for a SentenceTransformer
+    folder,      # a BERT-like model with model.safetensors and tokenizer.json
+    texts=None,  # training texts, to weight the tokens by; None: all alike
+) -> list:       # modules for a SentenceTransformer
     "The average of a model's input embeddings, normalised."
     from safetensors import safe_open
     from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length) if max_length else tokenizer.no_truncation()
+    tokenizer.no_truncation()
     with safe_open(str(Path(folder, "model.safetensors")), "pt") as weights:
         table = weights.get_tensor(next(name for name in weights.keys() if name.endswith("embeddings.word_embeddings.weight")))
     if texts: table = table * inverse_document_frequency(tokenizer, texts).unsqueeze(1)  # (V, d)
@@ -263,7 +262,7 @@ def dropouts(folder) -> list[str]:
     from transformers import AutoConfig
     if not Path(folder, "config.json").is_file(): return []
     found = AutoConfig.from_pretrained(str(folder), local_files_only=True).to_dict()
-    return [name for name, value in found.items() if isinstance(value, (int, float)) and ("dropout" in name or name.endswith("pdrop"))]
+    return [name for name, value in found.items() if type(value) in (int, float) and ("dropout" in name or name.endswith("pdrop"))]
 
 
 def load_folder(
@@ -273,9 +272,9 @@ def load_folder(
 ):                                 # a SentenceTransformer
     "The model in a folder, none of whose code is run."
     from sentence_transformers import SentenceTransformer
-    refuse_code(folder)
-    detect_pooling(folder)
     try:
+        refuse_code(folder)
+        detect_pooling(folder)
         with quiet():
             if SCRATCH_TYPE in module_types(folder):
                 saved = read_json(Path(folder, "config_sentence_transformers.json"))
@@ -283,6 +282,7 @@ def load_folder(
                                            default_prompt_name=saved["default_prompt_name"], similarity_fn_name=saved["similarity_fn_name"])
             return SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True},
                                        config_kwargs={} if dropout is None else dict.fromkeys(dropouts(folder), dropout))
+    except ProjError: raise
     except Exception as e:  # whatever a foreign file provokes in the libraries that read it
         reason = str(e).strip().split("\n")[0][:200]
         raise DataError(f"{folder}: cannot be loaded as a text encoder ({type(e).__name__}: {reason}); expected safetensors weights, their config and a tokenizer") from e
@@ -311,13 +311,14 @@ def load_encoder(
     from sentence_transformers import SentenceTransformer
     if dropout is not None and not 0 <= dropout < 1: raise ConfigError(f"dropout is {dropout}; expected a number in [0, 1)")
     device = pick_device(device)
-    if model == "static": return SentenceTransformer(modules=static_modules(resolve("minilm"), texts, max_length), device=device)
-    if model in PRESETS:
-        encoder = SentenceTransformer(modules=[build(model, texts, dropout, seed)], device=device)
+    if model == "static": encoder = SentenceTransformer(modules=static_modules(resolve("minilm"), texts), device=device)
+    elif model in PRESETS: encoder = SentenceTransformer(modules=[build(model, texts, dropout, seed)], device=device)
     else: encoder = load_folder(resolve(model), device, dropout)
     limit = position_limit(encoder)
-    if max_length and limit and max_length > limit: raise ConfigError(f"max_length is {max_length} but '{model}' has {limit} positions; use max_length={limit} or less")
-    if max_length and encoder.max_seq_length != float("inf"): encoder.max_seq_length = max_length
+    if max_length and limit and max_length > limit:
+        raise ConfigError(f"max_length is {max_length} but '{model}' has {limit} positions; use max_length={limit} or less")
+    if max_length and encoder.max_seq_length == float("inf"): encoder.tokenizer.enable_truncation(max_length)  # a static embedding
+    elif max_length: encoder.max_seq_length = max_length
     return encoder
 
 
