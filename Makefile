@@ -9,7 +9,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint docs readme clean
+.PHONY: help setup train test lint docs readme summary clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -44,7 +44,11 @@ docs: setup  ## write proj/ and README.md from the notebooks
 # nbconvert drops hidden cells before it executes the rest
 readme: setup
 	$(VENV)/bin/jupyter nbconvert --execute --to markdown nbs/index.ipynb --output-dir "$(README_DIR)" --output README \
-	  --RegexRemovePreprocessor.patterns='#\s*\|\s*hide'
+	  --RegexRemovePreprocessor.patterns='#\s*\|\s*hide' --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input
+
+# the README's table: make summary RUN=runs/<a default run>
+summary: setup  ## keep the figures of RUN as nbs/results/default.json, for the README
+	$(VENV)/bin/python -c "import sys; from proj.core import write_json; from proj.report import Report; write_json('nbs/results/default.json', Report(sys.argv[1]).summary())" $(RUN)
 
 clean:  ## remove caches and builds; runs and the virtual environment stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis _proc _docs

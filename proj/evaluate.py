@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .compare import Summary, movers, summarise
-from .core import DataError, atomic, write_json
+from .core import DataError, atomic, log, write_json
 from .data.store import Store
 from .metrics import DEFAULT, Ranks, compute, ledger, ranks_in_matrix, write_ledger
 
@@ -60,6 +60,8 @@ class Evaluation:
         ranks = self.ranks(scorer, seen)
         self.values[name] = compute(ranks, self.names)
         self.details[name] = seen.columns() | {"rank": 1 / compute(ranks, ["mrr"])["mrr"]}
+        if seen.flat > len(self.query_ids) / 2:
+            log.warning("%s has collapsed: it gives all documents the same score for %d of %d queries", name, seen.flat, len(self.query_ids))
         return self
 
     def __repr__(self): return repr(self.metrics())
@@ -71,7 +73,7 @@ class Details:
     def __init__(self, store: Store):
         positive = store.grades > 0
         self.rows, self.columns_of = store.query_rows[positive], store.document_rows[positive]
-        self.start, self.right, self.wrong, self.first = 0, [], [], []
+        self.start, self.flat, self.right, self.wrong, self.first = 0, 0, [], [], []
 
     def __call__(self, scores: np.ndarray):
         mine = (self.rows >= self.start) & (self.rows < self.start + len(scores))
@@ -81,6 +83,7 @@ class Details:
         others = scores.copy()
         others[row, column] = -np.inf
         self.right.append(right), self.wrong.append(others.max(1)), self.first.append(scores.argmax(1))
+        self.flat += int((scores.max(1) == scores.min(1)).sum())
         self.start += len(scores)
 
     def columns(self) -> dict[str, np.ndarray]:

@@ -136,6 +136,14 @@ def commands(self: Report) -> Page:
     return Page(f'proj rank {folder} "parse a date from a string" --top_k 5\nproj evaluate {folder} --data FILE_OR_FOLDER\nproj inspect {folder}\n\n'
                 f'from proj import DualEncoder\nencoder = DualEncoder.load("{folder}/model")\nencoder.rank("parse a date", ["def strptime(s): ...", "def sort(xs): ..."])')
 
+# %% ../nbs/54_report.ipynb #02a6fe0a
+@patch
+def summary(self: Report) -> dict:
+    "The figures of `results`, and what they were measured on."
+    f = self.facts_
+    minutes = round(sum(f["seconds"].values()) / 60, 1)
+    return dict(metrics=self.results(), versions=f["versions"], threads=f["threads"], precision=f["precision"], minutes=minutes, data=f["data"]["test"]["sha256"])
+
 # %% ../nbs/54_report.ipynb #55c2e346
 CELLS = [  # heading, method, what to see
     ("Results", "results", "Every system ranked the same queries over the same pool. Intervals are 95 %, over queries; differences are paired."),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['text_columns', 'column_keys', 'column_lengths', 'mask_labels', 'history_callback', 'validation_mrr', 'Training',
-           'length_trainer', 'fit']
+           'check_report_to', 'length_trainer', 'fit']
 
 # %% ../nbs/61_train.ipynb #b2bd2436
 import shutil
@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .config import TrainConfig, from_environment, make, merged
-from .core import ConfigError, GateError, log, pick_device, pick_precision, progress, seed_everything, sha256_json
+from .core import ConfigError, GateError, MachineError, log, named, pick_device, pick_precision, progress, seed_everything
 from .batches import LengthBatches, padding_share
 from .data.sources import Parts, load_data
 from .data.split import near_duplicate_keys
@@ -123,6 +123,7 @@ class Training:
             self.parts = load_data(cfg.data, validation_share=cfg.validation_share, test_share=cfg.test_share, max_pairs=cfg.max_pairs,
                                    seed=cfg.seed, skip_bad=cfg.skip_bad, rejects=self.run / "rejects.jsonl")
             self.shape = check_legal(cfg.task, spec.name, self.parts.train.has, cfg.temperature)
+            check_report_to(cfg.report_to)
             seed_everything(cfg.seed)
             self.encoder = self._encoder()
             self.run.update(**self.facts())
@@ -154,6 +155,14 @@ def baselines(self: Training) -> Evaluation:
     with step(self.run, "bm25"): self.evaluation.add("bm25", BM25())
     with step(self.run, "zero-shot"): self.evaluation.add("zero_shot", self.encoder)
     return self.evaluation
+
+
+def check_report_to(name: str):
+    "Refuse a logger that is not installed before the run is under way."
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+    if name in ("none", "all") or name in get_available_reporting_integrations(): return
+    named("report_to", name, {**INTEGRATION_TO_CALLBACK, "none": None, "all": None})
+    raise MachineError(f"report_to '{name}' is not installed; pip install {name}, or leave report_to out")
 
 
 @patch

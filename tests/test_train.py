@@ -37,8 +37,8 @@ def pairs(tmp_path_factory):
     return path
 
 
-def config(pairs, out, **values):
-    return make(TrainConfig, dict(data=str(pairs), out=str(out), model="tiny", max_steps=6, batch_size=8, max_length=32, precision="fp32") | values)
+def config(pairs, folder, **values):
+    return make(TrainConfig, dict(data=str(pairs), out=str(folder), model="tiny", max_steps=6, batch_size=8, max_length=32, precision="fp32") | values)
 
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES["dual"] if name not in ("margin_mse", "distill_kl")])
@@ -151,6 +151,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 @pytest.mark.parametrize("values, says", [
     (dict(loss="margin_mse"), "no teacher_scores"), (dict(loss="triplet", temperature=0.1), "has no temperature"), (dict(loss="mrn"), "did you mean 'mnr'"),
     (dict(model="minilmm"), "did you mean 'minilm'"), (dict(data="stdlb"), "did you mean 'stdlib'"), (dict(out="."), "already holds a run"),
+    (dict(report_to="tensorbord"), "did you mean 'tensorboard'"), (dict(max_length=4096, model="minilm"), "512 positions"),
 ])
 def test_wrong_values_are_refused_in_one_line(pairs, tmp_path, monkeypatch, values, says):
     monkeypatch.chdir(tmp_path)
