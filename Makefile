@@ -27,7 +27,8 @@ $(READY): settings.ini constraints.txt setup.py
 
 train: setup  ## train with LOSS, evaluate, write the report: make train LOSS=mnr
 	@out="runs/dual-$(LOSS)-$$(date -u +%Y%m%d-%H%M%S)" && mkdir -p "$$out" && set -x && \
-	papermill -k python3 nbs/train.ipynb "$$out/report.ipynb" -p loss $(LOSS) -p out "$$out" $(ARGS)
+	papermill -k python3 --log-output --no-progress-bar nbs/train.ipynb "$$out/report.ipynb" -p loss $(LOSS) -p out "$$out" $(ARGS) && \
+	{ set +x; } 2>/dev/null && echo "The report: $$out/report.html"
 
 test: setup  ## run every numbered notebook, then tests/
 	$(VENV)/bin/nbdev-test nbs --file-re '^[0-9]'

@@ -72,6 +72,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'proj.core._Lines.__init__': ('core.html#_lines.__init__', 'proj/core.py'),
                            'proj.core._Lines.flush': ('core.html#_lines.flush', 'proj/core.py'),
                            'proj.core._Lines.write': ('core.html#_lines.write', 'proj/core.py'),
+                           'proj.core._out': ('core.html#_out', 'proj/core.py'),
                            'proj.core.atomic': ('core.html#atomic', 'proj/core.py'),
                            'proj.core.disk_error': ('core.html#disk_error', 'proj/core.py'),
                            'proj.core.library_versions': ('core.html#library_versions', 'proj/core.py'),

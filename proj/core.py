@@ -163,6 +163,11 @@ def read_json(path):
 log = logging.getLogger("proj")
 
 
+def _out():
+    "Where to talk: beside the results on the command line, among them in a notebook."
+    return sys.stdout if "ipykernel" in sys.modules else sys.stderr
+
+
 class _Lines:
     "A stream that turns tqdm's carriage returns into lines."
     def __init__(self, stream): self.stream = stream
@@ -181,13 +186,13 @@ def progress(
     "tqdm in a terminal; elsewhere one plain line every five seconds, none for work that is done sooner."
     from tqdm import tqdm
     if sys.stderr.isatty(): return tqdm(items, desc=desc, total=total, leave=False, **kw)
-    return tqdm(items, desc=desc, total=total, file=_Lines(sys.stdout), mininterval=5, maxinterval=60, delay=5, leave=False, ncols=80,
+    return tqdm(items, desc=desc, total=total, file=_Lines(_out()), mininterval=5, maxinterval=60, delay=5, leave=False, ncols=80,
                 bar_format="{desc}: {n_fmt} of {total_fmt} ({percentage:.0f} %), {elapsed} gone, {remaining} left", **kw)
 
 # %% ../nbs/00_core.ipynb #a3f0722b
 def show_log(level: str = "INFO"):
     "Print what `proj` logs, one plain line each; other libraries only when something is wrong."
-    if not any(isinstance(h, logging.StreamHandler) for h in log.handlers): log.addHandler(logging.StreamHandler(sys.stdout))
+    if not any(isinstance(h, logging.StreamHandler) for h in log.handlers): log.addHandler(logging.StreamHandler(_out()))
     log.setLevel(level)
     log.propagate = False
     for name in ("sentence_transformers", "transformers", "datasets", "httpx"): logging.getLogger(name).setLevel("ERROR")

@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .compare import Summary, movers, summarise
-from .core import DataError, atomic, log, write_json
+from .core import DataError, atomic, log, rng, write_json
 from .data.store import Store
 from .metrics import DEFAULT, Ranks, compute, ledger, ranks_in_matrix, write_ledger
 
@@ -56,7 +56,7 @@ class Evaluation:
         scorer,
     ) -> "Evaluation":
         "Measure one more system."
-        seen = Details(self.store)
+        seen = Details(self.store, self.seed)
         ranks = self.ranks(scorer, seen)
         self.values[name] = compute(ranks, self.names)
         self.details[name] = seen.columns() | {"rank": 1 / compute(ranks, ["mrr"])["mrr"]}
@@ -70,10 +70,11 @@ class Evaluation:
 # %% ../nbs/52_evaluate.ipynb #5869eb3e
 class Details:
     "Looks at blocks of scores as they pass."
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, seed: int = 0):
         positive = store.grades > 0
         self.rows, self.columns_of = store.query_rows[positive], store.document_rows[positive]
-        self.start, self.flat, self.right, self.wrong, self.first = 0, 0, [], [], []
+        self.start, self.flat, self.draw = 0, 0, rng(seed, "wrong documents")
+        self.right, self.wrong, self.other, self.first = [], [], [], []
 
     def __call__(self, scores: np.ndarray):
         mine = (self.rows >= self.start) & (self.rows < self.start + len(scores))
@@ -83,12 +84,18 @@ class Details:
         others = scores.copy()
         others[row, column] = -np.inf
         self.right.append(right), self.wrong.append(others.max(1)), self.first.append(scores.argmax(1))
+        each, drawn = np.arange(len(scores)), self.draw.integers(0, scores.shape[1], len(scores))
+        for _ in range(scores.shape[1]):  # step past right documents; ends at once for any real pool
+            right_ones = others[each, drawn] == -np.inf
+            if not right_ones.any(): break
+            drawn = (drawn + right_ones) % scores.shape[1]
+        self.other.append(others[each, drawn])
         self.flat += int((scores.max(1) == scores.min(1)).sum())
         self.start += len(scores)
 
     def columns(self) -> dict[str, np.ndarray]:
-        "right, wrong: (n,) scores; first: (n,) column of the document that came first."
-        return {name: np.concatenate(getattr(self, name)) for name in ("right", "wrong", "first")}
+        "right, wrong, other: (n,) scores; first: (n,) column of the document that came first."
+        return {name: np.concatenate(getattr(self, name)) for name in ("right", "wrong", "other", "first")}
 
 # %% ../nbs/52_evaluate.ipynb #f9c067f5
 @patch
@@ -144,10 +151,11 @@ def _example(self: Evaluation, i: int, new: str, old: str) -> dict:
 
 
 def write_scores(file, evaluation: Evaluation):
-    "Scores of the right and the best wrong document of every query, one row a query and system."
+    "Scores of the right, the best wrong and a random wrong document of every query, one row a query and system."
     import pyarrow as pa, pyarrow.parquet as pq
-    tables = [pa.table({"query_id": evaluation.query_ids, "system": [name] * len(evaluation.query_ids),
-                        "right": d["right"].astype(np.float32), "wrong": d["wrong"].astype(np.float32)}) for name, d in evaluation.details.items()]
+    n = len(evaluation.query_ids)
+    tables = [pa.table({"query_id": evaluation.query_ids, "system": [name] * n} | {kind: d[kind].astype(np.float32) for kind in ("right", "wrong", "other")})
+              for name, d in evaluation.details.items()]
     pq.write_table(pa.concat_tables(tables), file)
 
 # %% ../nbs/52_evaluate.ipynb #141f441b

@@ -63,7 +63,7 @@ def learning_curve(
         right.plot(*zip(*evaluations), "o-", color=COLOURS["zero_shot"], ms=4, lw=1.2, label=f"validation {metric}")
         right.set_ylabel(f"validation {metric}")
     handles = [line for axes in ax.figure.axes for line in axes.get_lines() if not line.get_label().startswith("_")]
-    ax.legend(handles=handles, loc="center right", frameon=False, fontsize=8)
+    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
     return ax
 
 # %% ../nbs/02_plot.ipynb #7b3db07d
@@ -76,14 +76,25 @@ def separation(
     return float((np.mean(positives) - np.mean(negatives)) / spread) if spread > 0 else 0.0
 
 
-def score_humps(positives, negatives, *, title: str = "", ax=None):
-    "Histograms of the scores of right and wrong documents, with d' between them."
+def score_humps(
+    positives,       # (n,) scores of the right document of each query
+    negatives,       # (n,) scores of a wrong document drawn at random
+    hardest=None,    # (n,) scores of the best wrong document
+    *, title: str = "", ax=None,
+):
+    "Histograms of the scores of right and wrong documents, with d' between them; the best wrong ones as an outline."
     ax = new_axes(ax)
-    both = np.concatenate([positives, negatives])
-    bins = np.linspace(both.min(), both.max() + 1e-9, 40)
-    ax.hist(negatives, bins, density=True, color=COLOURS["negative"], alpha=0.6, label="wrong documents")
+    drawn = [np.asarray(scores) for scores in (positives, negatives, hardest) if scores is not None]
+    if not len(positives): return ax.set(title="no wrong document in the pool") and ax
+    bins = np.linspace(min(map(np.min, drawn)), max(map(np.max, drawn)) + 1e-9, 40)
+    ax.hist(negatives, bins, density=True, color=COLOURS["negative"], alpha=0.6, label="wrong document at random")
     ax.hist(positives, bins, density=True, color=COLOURS["trained"], alpha=0.6, label="right document")
-    ax.set(xlabel="score", ylabel="density", title=f"{title}  d' = {separation(positives, negatives):.2f}".strip())
+    title = f"{title}  d' = {separation(positives, negatives):.2f}".strip()
+    if hardest is not None:
+        ax.hist(hardest, bins, density=True, histtype="step", color=COLOURS["zero_shot"], lw=1.5, label="best wrong document")
+        title += f", best wrong one ahead for {np.mean(np.asarray(hardest) >= np.asarray(positives)):.0%}"
+    ax.set(xlabel="score", ylabel="density")
+    ax.set_title(title, fontsize=10)
     ax.legend(frameon=False, fontsize=8)
     return ax
 

@@ -50,7 +50,8 @@ class Report:
         "What was trained on what."
         f, c, data = self.facts_, self.config, self.facts_["data"]
         sizes = "; ".join(f"{part}: {data[part]['queries']:,} queries, {data[part]['documents']:,} documents" for part in ("train", "validation", "test"))
-        rows = [("status", f["status"]), ("model", f"{c['model']}, {f['parameters']:,} parameters"), ("loss", f"{c['loss']} ({f['loss_class'].rsplit('.', 1)[1]}), fed {f['shape']}"),
+        rows = [("status", f["status"])] if f["status"] in ("interrupted", "failed") else []
+        rows += [("model", f"{c['model']}, {f['parameters']:,} parameters"), ("loss", f"{c['loss']} ({f['loss_class'].rsplit('.', 1)[1]}), fed {f['shape']}"),
                 ("data", f"{data['name']} ({sizes})"), ("device", f"{f['device']}, {f['precision']}, {f['threads']} threads")]
         if "steps" in f: rows.append(("training", f"{f['rows']:,} rows, batch {f['batch_size']}, {f['steps']:,} steps, lr {c['lr']:g}, {100 * f['padding_share']:.0f} % padding"))
         if "best" in f: rows.append(("best step", f"{f['best']['step']:,} of {f['best']['of']:,}, validation MRR {f['best']['mrr']:.4f}"))
@@ -86,11 +87,13 @@ def curve(self: Report, log: bool = False, ax=None):
 
 @patch
 def humps(self: Report, system: str = "trained", ax=None):
-    "Scores of the right document and of the best wrong one."
+    "Scores of the right document, of a wrong one at random and of the best wrong one."
     import pyarrow.compute as pc, pyarrow.parquet as pq
     table = pq.read_table(self.run / "scores.parquet")
     table = table.filter(pc.equal(table["system"], system))
-    return score_humps(table["right"].to_numpy(), table["wrong"].to_numpy(), title=system.replace("_", "-"), ax=ax)
+    right, other, wrong = (table[name].to_numpy() for name in ("right", "other", "wrong"))
+    there = np.isfinite(other)  # a pool without any wrong document for a query has none to draw
+    return score_humps(right[there], other[there], wrong[there], title=system.replace("_", "-"), ax=ax)
 
 
 @patch
@@ -149,7 +152,7 @@ CELLS = [  # heading, method, what to see
     ("Results", "results", "Every system ranked the same queries over the same pool. Intervals are 95 %, over queries; differences are paired."),
     ("", "verdict", ""), ("", "results_figure", ""),
     ("Learning", "curve", "The loss should fall and flatten; the validation MRR tells where going on stopped paying."),
-    ("Scores", "humps", "The two humps should part: scores of the right document against the best wrong one."),
+    ("Scores", "humps", "The two humps should part: scores of the right document, and of a wrong one drawn at random. The outline is the best wrong one of each query: where it is ahead, the query is lost at rank 1."),
     ("Queries that moved", "moved", "Against the same encoder before training."),
     ("Use it", "commands", ""), ("How it was made", "versions", ""),
 ]

@@ -182,7 +182,7 @@ def arguments(
         learning_rate=cfg.lr, warmup_steps=cfg.warmup, lr_scheduler_type=cfg.optimizer.schedule,
         weight_decay=cfg.optimizer.weight_decay, max_grad_norm=cfg.optimizer.max_grad_norm,
         bf16=self.precision == "bf16", use_cpu=self.device == "cpu", seed=cfg.seed, data_seed=cfg.seed,
-        eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1, save_only_model=True,
+        eval_strategy="steps", eval_steps=every, eval_on_start=True, save_strategy="steps", save_steps=every, save_total_limit=1, save_only_model=True,
         load_best_model_at_end=True, metric_for_best_model="eval_mrr", greater_is_better=True,
         logging_steps=max(1, steps // 100), logging_nan_inf_filter=False, report_to=cfg.report_to, disable_tqdm=True,
         dataloader_pin_memory=self.device == "cuda")
