@@ -217,4 +217,4 @@ def main(arguments: list[str] | None = None) -> int:  # the exit code
         return 1
 
 # %% ../nbs/70_cli.ipynb #75022b69
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and "ipykernel" not in sys.modules: sys.exit(main())

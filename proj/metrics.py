@@ -250,14 +250,17 @@ def _read_columns(run, query_ids, row, docs):
     if len(where) < len(ids): raise DataError(f"query '{next(q for i, q in enumerate(ids) if where[q] != i)}' stands in the run twice; keep one row")
     if not scores.size: return np.full((len(query_ids), 1), -np.inf), np.full(len(row), -np.inf)
     documents, codes = _codes(documents, docs)
-    unique = np.sort(np.where(scores > -np.inf, documents, 2**62 + np.arange(scores.shape[1])), axis=1)  # padding never equals anything
+    padded = scores.min() == -np.inf
+    unique = np.sort(np.where(scores > -np.inf, documents, 2**62 + np.arange(scores.shape[1])) if padded else documents, axis=1)  # padding never equals anything
     twice = np.flatnonzero((unique[:, 1:] == unique[:, :-1]).any(axis=1))
     if len(twice): raise DataError(f"query '{ids[twice[0]]}' has the same document twice in the run; keep one")
     source = np.array([where.get(query, -1) for query in query_ids], np.int64)
     if len(source) != len(ids) or (source != np.arange(len(ids))).any():
         documents, scores = documents[source], np.where(source[:, None] >= 0, scores[source], -np.inf)
     same = documents[row] == codes[:, None]  # (m, k), at most one True in a row but for padding
-    return scores, np.where(same, scores[row], -np.inf).max(axis=1, initial=-np.inf)
+    if padded: same &= scores[row] > -np.inf
+    each, column = np.arange(len(row)), same.argmax(axis=1)
+    return scores, np.where(same[each, column], scores[row, column], -np.inf)
 
 
 def _codes(documents, docs):
