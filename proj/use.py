@@ -40,7 +40,7 @@ def evaluate(cfg: EvaluateConfig) -> Evaluation:
     if cfg.data: store = load_test(cfg.data, cfg.skip_bad, out / "rejects.jsonl")
     elif trained_with: store = own_test(trained_with)
     else: raise DataError(f"{folder}: a model folder does not tell what to evaluate on; pass data")
-    evaluation = Evaluation(store, data=cfg.data or trained_with.data, exclude_self=cfg.exclude_self)
+    evaluation = Evaluation(store, data=cfg.data or trained_with.data, seed=trained_with.seed if trained_with else 0, exclude_self=cfg.exclude_self)
     evaluation.add("bm25", BM25())
     if trained_with and trained_with.model not in ("tiny", "scratch", "static"):
         before = load_encoder(trained_with.model, max_length=trained_with.max_length, device=pick_device(cfg.device))
