@@ -93,7 +93,7 @@ def score_humps(
     if hardest is not None:
         ax.hist(hardest, bins, density=True, histtype="step", color=COLOURS["zero_shot"], lw=1.5, label="best wrong document")
         title += f", best wrong one ahead for {np.mean(np.asarray(hardest) >= np.asarray(positives)):.0%}"
-    ax.set(xlabel="score", ylabel="density")
+    ax.set(xlabel="score", ylabel="density", ylim=(0, ax.get_ylim()[1] * 1.45))  # room for the legend
     ax.set_title(title, fontsize=10)
     ax.legend(frameon=False, fontsize=8)
     return ax
