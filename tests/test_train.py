@@ -88,7 +88,7 @@ def test_same_config_in_fresh_processes_gives_the_same_bits(pairs, tmp_path):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_so_and_keeps_what_it_has(pairs, tmp_path, sign):
     out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-m", "proj.cli", "train", "--data", pairs, "--out", out, "--model", "tiny", "--max_steps", "100000", "--eval_every", "5",
+    process = subprocess.Popen([sys.executable, "-m", "proj.cli", "train", "--data", pairs, "--out", out, "--model", "tiny", "--epochs", "1000", "--eval_every", "5",
                                 "--batch_size", "8", "--max_length", "32"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     deadline = time.monotonic() + 120
     while not ((out / "metrics.jsonl").exists() and '"mrr"' in (out / "metrics.jsonl").read_text() and list(out.glob("checkpoints/*/modules.json"))):
