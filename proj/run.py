@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .core import ConfigError, DataError, ProjError, atomic, disk_error, library_versions, log, read_json, suggest, write_json
+from fastcore.basics import patch
 
-# %% ../nbs/03_run.ipynb #bb5e1e61
+from .core import ConfigError, DataError, ProjError, atomic, disk_error, leader, library_versions, log, read_json, suggest, write_json
+
+# %% ../nbs/03_run.ipynb #c1957c5b
 def utc_name() -> str:
     "The time as part of a folder's name."
     return datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
@@ -34,10 +36,12 @@ class Run:
     ) -> "Run":
         "A new run folder; an existing run is never written over."
         self = cls(folder)
-        if (self / "run.json").exists(): raise ConfigError(f"out '{folder}' already holds a run; choose another folder or delete it")
+        if not leader(): return self
+        if (self / "run.json").exists(): raise ConfigError(f"out '{folder}' already holds a run; choose another folder, delete it, or go on with it: resume=auto")
         if self.folder.exists() and not self.folder.is_dir(): raise ConfigError(f"out '{folder}' is a file; choose a folder")
         try: (self / "figures").mkdir(parents=True, exist_ok=True)
         except OSError as e: raise disk_error(folder, e) from e
+        self.claim()
         self.update(status="running", started=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=command, config=config,
                     versions=library_versions(), host=socket.gethostname(), pid=os.getpid(), seconds={})
         return self
@@ -56,11 +60,45 @@ class Run:
 
     def update(self, **facts):
         "Change facts in run.json, atomically."
-        write_json(self / "run.json", {**self.facts, **facts})
+        if leader(): write_json(self / "run.json", {**self.facts, **facts})
+
+# %% ../nbs/03_run.ipynb #bb5e1e61
+_held = {}  # folder -> open lock file, of the runs that this process works on
+
+
+@patch
+def claim(self: Run):
+    "Hold the run until it is finished or the process ends; a second process that wants to write into it is refused."
+    import fcntl
+    key = self.folder.resolve()
+    if key in _held or not leader(): return
+    try: file = open(self / ".lock", "w")
+    except OSError as e: raise disk_error(self.folder, e) from e
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e: raise ConfigError(f"out '{self.folder}': another process (pid {self.facts.get('pid')}) works on this run; wait for it, or choose another folder") from e
+    _held[key] = file
+
+
+@patch
+def release(self: Run):
+    "Let other processes write into the run."
+    if file := _held.pop(self.folder.resolve(), None): file.close()
+
+
+@patch(as_prop=True)
+def status(self: Run) -> str:
+    "running, finished, interrupted, failed; killed where it says running but no process holds it."
+    said = self.facts.get("status", "unknown")
+    if said != "running" or self.folder.resolve() in _held: return said
+    try: self.claim()
+    except ProjError: return said
+    self.release()
+    return "killed"
 
 # %% ../nbs/03_run.ipynb #fb528c7f
 def log_step(run: Run, record: dict):
     "Append one line to metrics.jsonl; a figure that is not finite is written as null."
+    if not leader(): return
     clean = {k: (None if isinstance(v, float) and v - v != 0 else v) for k, v in record.items()}
     try:
         with open(run / "metrics.jsonl", "a", encoding="utf-8") as f:
@@ -73,7 +111,10 @@ def log_step(run: Run, record: dict):
 def history(run: Run) -> list[dict]:
     "The lines of metrics.jsonl; none when nothing was logged."
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if not path.exists(): return []
+    *lines, rest = path.read_text(encoding="utf-8").split("\n")  # a line without its end was cut off by a full disk
+    try: return [json.loads(line) for line in lines]
+    except ValueError as e: raise DataError(f"{path}: not one JSON object a line ({e}); the file is damaged") from e
 
 
 def save_figure(run: Run, name: str, ax):
@@ -103,14 +144,17 @@ def step(
         raise
     finally:
         if previous is not None: signal.signal(signal.SIGTERM, previous)
-        seconds = run.facts["seconds"]
+        seconds = run.facts.get("seconds", {})
         seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 2)
-        run.update(seconds=seconds, **ending)
+        try: run.update(seconds=seconds, **ending)
+        except ProjError:
+            if not ending: raise  # else the first error is the one to tell
 
 
 def finish(run: Run) -> Run:
     "Every part is done."
     run.update(status="finished", ended=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    run.release()
     return run
 
 # %% ../nbs/03_run.ipynb #0ac938ca
@@ -120,7 +164,9 @@ def list_runs(folder="runs") -> list[dict]:
     for path in Path(folder).glob("*/run.json"):
         try: facts = read_json(path)
         except ProjError as e: facts = {"status": f"damaged ({e})"}
+        else: facts["status"] = Run(path.parent).status
         config, figures = facts.get("config", {}), path.parent / "metrics.json"
-        best = read_json(figures)["systems"].get("trained", {}).get("mrr", {}).get("value") if figures.exists() else None
+        try: best = read_json(figures)["systems"].get("trained", {}).get("mrr", {}).get("value") if figures.exists() else None
+        except ProjError: best = None
         rows.append({"run": str(path.parent), "started": facts.get("started", ""), "status": facts.get("status", "unknown"), **{k: config.get(k) for k in ("task", "loss", "data")}, "mrr": best})
     return sorted(rows, key=lambda r: (r["started"], r["run"]), reverse=True)

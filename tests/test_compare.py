@@ -5,9 +5,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from proj.compare import (Summary, bootstrap, mean_interval, mean_intervals, movers, paired_difference, paired_differences, sign_flip_p, summarise)
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra.numpy import arrays
+
+from proj.compare import (Summary, bootstrap, earliest_within, holm, mean_interval, mean_intervals, movers, paired_difference, paired_differences, power,
+                          sign_flip_p, summarise, wins_ties_losses)
 from proj.core import ConfigError, DataError
-from proj.metrics import ledger
+from proj.metrics import Ranks, ledger, ndcg, reciprocal_rank
 
 
 def reciprocal_ranks(generator, size, centre=0.5):
@@ -43,15 +47,37 @@ def test_p_value_is_scipys_exact_one(n):
     assert paired_difference(a, b)["p"] == pytest.approx(exact, abs=0.02)
 
 
-@pytest.mark.parametrize("n, centre", [(100, 0.5), (100, 2.5), (1000, 0.5)])
-def test_mean_intervals_cover_what_they_say(n, centre):
-    "MRR and NDCG@10 of one relevant document: 94 to 96 % of the intervals hold the true mean, give or take the simulation's own error."
+def two_systems(generator, size):
+    "Ranks of the right document by two systems: hard queries are hard for both, four of ten have the same rank."
+    hard = generator.normal(0.5, 2, size)
+    return [Ranks(np.arange(size), np.maximum(1, np.floor(np.exp(hard + worse + generator.normal(0, 1.2, size)))), np.ones(size), range(size)) for worse in (0, 0.4)]
+
+
+def share_held(found, truth): return np.mean([r["ci95"][0] <= truth <= r["ci95"][1] for r in found])
+
+
+@pytest.mark.parametrize("metric, k", [(reciprocal_rank, None), (ndcg, 10)], ids=["mrr", "ndcg@10"])
+@pytest.mark.parametrize("n, n_resamples", [(100, 10_000), (1000, 4_000)])
+def test_intervals_hold_the_truth_as_often_as_they_say(n, n_resamples, metric, k, record_property):
+    "2,000 simulated experiments of n queries each. The noise that 4,000 resamples bring into the ends, a quarter of a percentage point, averages out over the experiments."
+    generator = np.random.default_rng(n)
+    a, b = (metric(ranks, k) for ranks in two_systems(generator, 100_000))
+    means, differences = [], []
+    for _ in range(4):  # in parts, for memory
+        picks = generator.integers(0, len(a), (500, n))
+        means.append(share_held(mean_intervals(a[picks], n_resamples=n_resamples), a.mean()))
+        differences.append(share_held(paired_differences(a[picks], b[picks], n_resamples=n_resamples), (a - b).mean()))
+    record_property("coverage of the mean, of the difference", (np.mean(means), np.mean(differences)))
+    assert 0.94 <= np.mean(means) <= 0.96 and 0.94 <= np.mean(differences) <= 0.96
+
+
+@pytest.mark.parametrize("centre", [1.5, 2.5])
+def test_mean_intervals_of_weak_systems(centre):
+    "Few queries with a high value: 94 to 96 %, give or take two standard errors of 1,500 samples."
     generator = np.random.default_rng(3)
     population = reciprocal_ranks(generator, 100_000, centre)
-    for values in [population, np.where(population >= 0.1, 1 / np.log2(1 + 1 / population), 0)]:
-        samples = generator.choice(values, (1_500, n))
-        held = np.mean([r["ci95"][0] <= values.mean() <= r["ci95"][1] for r in mean_intervals(samples, n_resamples=2_000)])
-        assert 0.94 - 0.012 < held < 0.96 + 0.012  # two standard errors of 1,500 samples
+    held = share_held(mean_intervals(generator.choice(population, (1_500, 100)), n_resamples=2_000), population.mean())
+    assert 0.94 - 0.012 < held < 0.96 + 0.012
 
 
 @pytest.mark.parametrize("unchanged", [0.3, 0.6, 0.85])
@@ -65,12 +91,31 @@ def test_difference_intervals_do_not_cover_less_than_they_say(unchanged):
     assert held > 0.94 - 0.012
 
 
+@pytest.mark.parametrize("large", [1, 2, 3])
+def test_a_few_large_differences_among_tiny_ones_do_not_blow_up_the_interval(large):
+    "Resamples that miss them state hardly any error; a ratio to that would make the interval dozens of times too long."
+    d = np.concatenate([np.random.default_rng(large).normal(0, 1e-4, 90), np.full(large, 0.4)])
+    low, high = paired_difference(d, np.zeros(len(d)))["ci95"]
+    textbook = stats.t.interval(0.95, len(d) - 1, d.mean(), d.std(ddof=1) / np.sqrt(len(d)))
+    assert 0.7 < (high - low) / (textbook[1] - textbook[0]) < 1.6
+
+
 def test_p_values_are_uniform_when_there_is_no_difference():
     generator = np.random.default_rng(5)
     a, b = reciprocal_ranks(generator, (2_000, 60)), reciprocal_ranks(generator, (2_000, 60))
     p = sign_flip_p(a - b, n_resamples=2_000)
     assert stats.kstest(p, "uniform").pvalue > 0.01
     assert 0.04 < np.mean(p <= 0.05) < 0.06
+
+
+@pytest.mark.parametrize("n", [5, 8, 11])
+def test_p_values_of_many_metrics_are_scipys_exact_ones(n):
+    "Sign flips, all of them, against ours within four standard errors of 10,000 draws; ties, zeros and equal values among the differences."
+    generator = np.random.default_rng(n)
+    a, b = generator.integers(0, 4, (2, 6, n)) / 4
+    exact = [stats.permutation_test((x, y), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples", n_resamples=np.inf, vectorized=True).pvalue
+             for x, y in zip(a, b)]
+    assert sign_flip_p(a - b) == pytest.approx(exact, abs=4 * 0.5 / np.sqrt(10_000))
 
 
 def test_p_value_is_never_zero_and_small_for_a_clear_difference():
@@ -154,3 +199,105 @@ def test_movers_are_sorted_with_ties_by_id():
     assert [row["query_id"] for row in movers(a, b, "mrr", k=1)["gained"]] == ["d"]
     assert movers(a, a, "mrr") == dict(gained=[], lost=[])
     with pytest.raises(DataError, match="'a' is in one ledger only"): movers(a, ledger(ids[:4], {"mrr": [1, 1, 1, 1]}), "mrr")
+
+
+# ---- several systems
+
+def test_holm_is_the_table_by_hand():
+    "Holm (1979), k = 4: the smallest p times 4, the next times 3, ...; none below the one before, none above 1."
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.6, 0.9]) == pytest.approx([1, 1, 1]) and holm([0.2]) == [0.2]
+    assert holm(np.array([[0.01, 0.5], [0.02, 0.001]])) == pytest.approx(np.array([[0.02, 0.5], [0.02, 0.002]]))  # each metric by itself
+    with pytest.raises(DataError, match="between 0 and 1, got 1.2"): holm([0.1, 1.2])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_rejects_what_the_step_down_rule_rejects(p):
+    "The rule as it is stated: walk from the smallest p, stop at the first p > alpha / (k - i)."
+    adjusted = holm(p)
+    assert (adjusted >= np.array(p) - 1e-15).all() and (adjusted <= 1).all()
+    for alpha in (0.05, 0.2):
+        rejected = set()
+        for i, at in enumerate(np.argsort(p, kind="stable")):
+            if p[at] * (len(p) - i) > alpha: break
+            rejected.add(int(at))
+        assert set(np.flatnonzero(adjusted <= alpha).tolist()) == rejected
+
+
+# ---- how many queries
+
+@pytest.mark.parametrize("unchanged, delta", [(0.3, 0.05), (0.7, 0.05), (0.7, 0.02)])
+def test_so_many_queries_show_the_difference_four_times_out_of_five(unchanged, delta):
+    generator = np.random.default_rng(10)
+    world = np.where(generator.random(100_000) < unchanged, 0, generator.normal(0, 0.3, 100_000))
+    world += delta - world.mean()
+    n = power(world, delta)
+    p = np.concatenate([sign_flip_p(generator.choice(world, (500, n)), n_resamples=999) for _ in range(4)])
+    assert 0.77 < np.mean(p <= 0.05) < 0.83  # three standard errors of 2,000 trials
+
+
+def test_power_agrees_with_the_noncentral_t():
+    "The exact power of the t-test at n and n - 2 queries lies on either side of 80 %."
+    generator = np.random.default_rng(11)
+    for delta in (0.3, 0.1, 0.03):
+        d = generator.normal(0, 0.4, 500)
+        d *= 0.4 / d.std(ddof=1)
+        def exact(n):
+            limit = stats.t.ppf(0.975, n - 1)
+            return stats.nct.sf(limit, n - 1, delta / 0.4 * np.sqrt(n)) + stats.nct.cdf(-limit, n - 1, delta / 0.4 * np.sqrt(n))
+        n = power(d, delta)
+        assert exact(n - 2) < 0.8 < exact(n + 1)
+
+
+def test_power_of_smallest_cases():
+    assert power(np.full(10, 0.3), 0.1) == 6 and 2 * 0.5**6 < 0.05 < 2 * 0.5**5  # what sign flips can show at all
+    assert power([[0.1, -0.1, 0.3], [0, 0, 0]], 0.05)[1] == 6
+    assert power([0.1, -0.1], 0.02, chance=0.9) > power([0.1, -0.1], 0.02)
+    for call, error, says in [(lambda: power([0.1], 0.1), DataError, "two at least"), (lambda: power([0.1, 0.2], -1), ConfigError, "delta should be"),
+                              (lambda: power([0.1, 0.2], np.nan), ConfigError, "got nan"), (lambda: power([], 0.1), DataError, "at least one query")]:
+        with pytest.raises(error, match=says) as raised: call()
+        assert "\n" not in str(raised.value)
+
+
+# ---- wins, ties, losses; properties
+
+matrices = st.integers(1, 9).flatmap(lambda n: st.tuples(*[arrays(np.float64, (3, n), elements=st.integers(0, 8).map(lambda i: i / 8))] * 2))
+
+
+@settings(deadline=None, max_examples=60)
+@given(matrices, st.randoms())
+def test_differences_are_antisymmetric_and_do_not_depend_on_the_order_of_queries(pair, random):
+    a, b = pair
+    n = a.shape[1]
+    one, two = (paired_differences(x, y, n_resamples=200) for x, y in [(a, b), (b, a)])
+    for d, e, c, f in zip(one, two, wins_ties_losses(a - b), wins_ties_losses(b - a)):
+        assert (e["value"], e["p"], e["n"]) == (-d["value"], d["p"], n)
+        assert (d["ci95"] is None) == (n == 1) and (n == 1 or e["ci95"] == pytest.approx([-d["ci95"][1], -d["ci95"][0]], abs=1e-12))
+        assert sum(c.values()) == n and (f["wins"], f["ties"], f["losses"]) == (c["losses"], c["ties"], c["wins"])
+    order = random.sample(range(n), n)
+    for d, e in zip(one, paired_differences(a[:, order], b[:, order], n_resamples=200)):
+        assert e["value"] == pytest.approx(d["value"], abs=1e-12) and e["n"] == d["n"]
+
+
+# ---- the earliest step as good as the best
+
+def test_earliest_step_is_the_first_whose_interval_reaches_zero():
+    "Against the definition, step by step."
+    generator = np.random.default_rng(12)
+    hard, later = generator.normal(0, 0.3, 150), 0
+    for _ in range(20):
+        steps = {step: 0.5 + 0.2 * min(step, 4) / 4 + hard + generator.normal(0, 0.1, 150) for step in (1, 2, 3, 4, 6, 8)}
+        best = max(steps, key=lambda step: (steps[step].mean(), -step))
+        expected = next(step for step in sorted(steps) if step == best or paired_difference(steps[step], steps[best], n_resamples=2_000)["ci95"][1] >= 0)
+        assert earliest_within(dict(reversed(steps.items())), n_resamples=2_000) == expected <= best
+        later += best > expected
+    assert later > 5
+
+
+def test_earliest_step_of_smallest_cases():
+    same = np.random.default_rng(13).random(40)
+    assert earliest_within({3: same, 9: same}) == 3 and earliest_within({5: same}) == 5
+    assert earliest_within({1: same, 2: same + 1}) == 2
+    assert earliest_within({1: [0.2], 2: [0.9]}) == 2  # a single query has no interval: only the best is left
+    for bad, says in [({}, "no steps"), ({1: [1, 2], 2: [1]}, "between 1 and 2 values"), ({1: [1, np.nan]}, "nan")]:
+        with pytest.raises(DataError, match=says): earliest_within(bad)

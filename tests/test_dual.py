@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proj.core import ConfigError, DataError, MachineError, ProjError
+from proj.manifest import MANIFEST
 from proj.models import encoder as enc
 from proj.models.dual import DualEncoder, encode_texts, make_ranking, token_batches
 
@@ -146,6 +147,7 @@ def test_a_folder_never_gets_to_run_code(file, change, tiny, tmp_path):
 def test_damaged_folders_are_one_line(tiny, tmp_path):
     good = tmp_path / "good"
     tiny.save(good)
+    (good / MANIFEST).unlink()  # which would see the damage first
     plain = bert(tmp_path / "plain", tiny.model.tokenizer)
     damages = {
         "truncated weights": (good, "model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:5000])),

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..core import DataError, rng, suggest
 from .code import installed_pairs, stdlib_pairs
+from .guard import decontaminate
 from .read import read_beir, read_rows
 from .split import grouped_split, near_duplicate_keys
 from .store import Store, from_pairs, from_tables
@@ -71,12 +72,16 @@ def cut(
     test_share: float,        # of the queries, 0 for none
     seed: int = 0,
 ) -> tuple[Store, Store | None, Store | None]:
-    "Train, validation and test by groups. The test pool is every document; the training store keeps only its own."
+    "Train, validation and test by groups, none of which leaks into another. The test pool is every document; the training store keeps only its own."
     shares = {"train": 1 - validation_share - test_share, "validation": validation_share, "test": test_share}
     rows = grouped_split(groups_of(store), {name: share for name, share in shares.items() if share > 0}, seed=seed)
-    few = np.sort(rng(seed, "validation").permutation(rows["validation"])[:VALIDATION_QUERIES]) if "validation" in rows else None
-    return (store.take(rows["train"], own_documents=True), None if few is None else store.take(few, own_documents=True),
-            store.take(rows["test"]) if "test" in rows else None)
+    parts = {"train": store.take(rows["train"], own_documents=True)}
+    if "validation" in rows:
+        few = rng(seed, "validation").permutation(rows["validation"])[:VALIDATION_QUERIES]
+        parts["validation"] = store.take(np.sort(few), own_documents=True)
+    if "test" in rows: parts["test"] = store.take(rows["test"])
+    parts = decontaminate(parts)
+    return parts["train"], parts.get("validation"), parts.get("test")
 
 # %% ../../nbs/19_data.sources.ipynb #72ef63ab
 def read_store(
@@ -85,16 +90,17 @@ def read_store(
     rejects=None,         # file for them
 ) -> Store:
     "The store of one file of pairs."
-    rows = [row for _, row in read_rows(path, skip_bad=skip_bad, rejects=rejects if skip_bad else None)]
+    lines, rows = zip(*read_rows(path, skip_bad=skip_bad, rejects=rejects if skip_bad else None))
     group = next((name for name in GROUP_COLUMNS if name in rows[0]), None)
-    return from_pairs(rows, group=group)
+    return from_pairs(rows, group=group, origins=(f"{path}:{line}" for line in lines))
 
 
 def read_beir_store(folder, split: str, skip_bad: int = 0, rejects=None) -> Store:
     "The store of one split of a BEIR folder; the pool is the whole corpus."
     tables = {"queries": [], "documents": [], "judgements": []}
     for table, row in read_beir(folder, split, skip_bad=skip_bad, rejects=rejects if skip_bad else None): tables[table].append(tuple(row.values()))
-    return from_tables(tables["queries"], tables["documents"], tables["judgements"])
+    judgements = ((*row, None, f"{Path(folder, 'qrels', split)}.tsv: {row[0]} {row[1]}") for row in tables["judgements"])  # its line, or what it begins with
+    return from_tables(tables["queries"], tables["documents"], judgements)
 
 
 _test_names, _validation_names = ("test",), ("validation", "valid", "val", "dev")
@@ -152,7 +158,8 @@ def load_data(
 
 
 def _mined(name: str) -> Store:
-    return from_pairs(stdlib_pairs() if name == "stdlib" else installed_pairs(), group="package", source=name)
+    rows = stdlib_pairs() if name == "stdlib" else installed_pairs()
+    return from_pairs(rows, group="package", source=name, origins=(f"{row['file']}:{row['line']}" for row in rows))
 
 
 def _at_most(store: Store, max_pairs: int | None, seed: int) -> Store:

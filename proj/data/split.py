@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['normalise', 'exact_keys', 'units', 'shingle_matrix', 'pair_jaccard', 'rare_shingles', 'near_duplicate_keys',
-           'grouped_split']
+           'near_pairs', 'grouped_split']
 
 # %% ../../nbs/12_data.split.ipynb #46362e95
 import hashlib, unicodedata
 from collections.abc import Iterable
+from itertools import combinations
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -64,20 +65,23 @@ def _mix(h: np.ndarray) -> np.ndarray:
     return h ^ (h >> np.uint64(33))
 
 
+class _Hashes(dict):
+    "64-bit hashes of words, made as they turn up."
+    def __missing__(self, word):
+        digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return self.setdefault(word, int.from_bytes(digest, "little"))
+
+
 def shingle_matrix(
     texts: list[str],  # n normalised texts, n > 0
     ngram: int = 5,
 ) -> csr_matrix:       # (n, m) of ones, columns from rare to frequent
     "Which text holds which shingle."
-    hashes, flat, lengths = {}, [], []
+    hashes, flat, lengths = _Hashes(), [], []
     for text in texts:
         parts = units(text, ngram)
         lengths.append(len(parts))
-        for part in parts:
-            if part not in hashes:
-                digest = hashlib.blake2b(part.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-                hashes[part] = int.from_bytes(digest, "little")
-            flat.append(hashes[part])
+        flat.extend(map(hashes.__getitem__, parts))
     flat, owner = np.array(flat, np.uint64), np.repeat(np.arange(len(texts)), lengths)
     n = len(flat) - ngram + 1
     h = np.zeros(n, np.uint64)
@@ -161,6 +165,48 @@ def near_duplicate_keys(
     smallest = np.full(label.max() + 1, len(texts))
     np.minimum.at(smallest, label, first)
     return smallest[label][np.searchsorted(first, exact)]
+
+# %% ../../nbs/12_data.split.ipynb #dd208219
+def near_pairs(
+    texts: list[str],         # n normalised texts
+    part: np.ndarray,         # (n,) int, where each belongs: 0 train, 1 test
+    threshold: float = 0.8,   # Jaccard similarity from which two texts count as the same, in (0, 1]
+    apart: int = 0,           # texts of eight words or more that differ in at most so many shingles count from `least` on
+    least: float = 0.3,       # Jaccard similarity, in (0, threshold]
+    ngram: int = 5,
+) -> tuple:                   # (p,) i, (p,) j with part[i] < part[j], (p,) similarity
+    "Near-duplicates across parts: each text with its most similar partner in every other part."
+    found, lowest = [np.zeros((3, 0))], least if apart else threshold
+    if len(texts):
+        matrix = shingle_matrix(texts, ngram)
+        rare, size = rare_shingles(matrix, lowest), np.diff(matrix.indptr)
+        rare = csr_matrix((np.ones(len(rare[0]), np.int32), rare), shape=matrix.shape)
+        allowed = np.where([text.count(" ") >= 7 for text in texts], apart, 0)
+    for p, q in combinations(np.unique(part), 2):
+        left, right = np.flatnonzero(part == p), np.flatnonzero(part == q)
+        for some in np.split(right, range(500, len(right), 500)):  # bounds the memory
+            meet = (rare[left] @ rare[some].T).tocoo()
+            i, j = left[meet.row], some[meet.col]
+            similarity = pair_jaccard(matrix, i, j)
+            union = (size[i] + size[j]) / (1 + similarity)
+            few = (similarity >= lowest) & (union * (1 - similarity) <= np.minimum(allowed[i], allowed[j]) + 1e-6)
+            found.append(_best(np.stack([i, j, similarity])[:, (similarity >= threshold) | few], part))
+    i, j, similarity = _best(np.concatenate(found, axis=1), part)
+    return i.astype(np.int64), j.astype(np.int64), similarity
+
+
+def _best(
+    pairs: np.ndarray,  # (3, p) i, j, similarity
+    part: np.ndarray,
+) -> np.ndarray:        # (3, q) sorted by i and j
+    "The pairs that are the best of either of their texts; the first of several that are."
+    best = np.zeros(pairs.shape[1], bool)
+    for own, other in (pairs[:2].astype(int), pairs[1::-1].astype(int)):
+        order = np.lexsort((other, -pairs[2], part[other], own))
+        whose = np.stack([own, part[other]])[:, order]
+        best[order[np.diff(whose, axis=1, prepend=-1).any(axis=0)]] = True
+    pairs = pairs[:, best]
+    return pairs[:, np.lexsort(pairs[1::-1])]
 
 # %% ../../nbs/12_data.split.ipynb #3746a661
 def _fractions(

@@ -10,10 +10,12 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from fastcore.basics import patch
 
 from ..core import DataError, rng
 
@@ -21,7 +23,7 @@ from ..core import DataError, rng
 QUERIES = pa.schema([("query_id", pa.string()), ("text", pa.string()), ("group", pa.string())])
 DOCUMENTS = pa.schema([("doc_id", pa.string()), ("text", pa.string())])
 JUDGEMENTS = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("grade", pa.float64()),
-                        ("teacher_score", pa.float64()), ("source", pa.string())])
+                        ("teacher_score", pa.float64()), ("source", pa.string()), ("origin", pa.string()), ("overruled", pa.string())])
 
 
 def text_id(text: str) -> str:
@@ -35,6 +37,7 @@ class Store:
     queries: pa.Table     # QUERIES
     documents: pa.Table   # DOCUMENTS
     judgements: pa.Table  # JUDGEMENTS
+    group_column: str | None = None  # which column of the file the groups are; without one, each query is its own group
 
     def __repr__(self):
         return (f"Store({len(self.queries):,} queries, {len(self.documents):,} documents, {len(self.judgements):,} judgements; "
@@ -70,56 +73,68 @@ class Store:
 
     @cached_property
     def sha256(self) -> str:
-        "Hash of all three tables: what a run was trained on."
+        "Hash of all three tables, wherever they were read: what a run was trained on."
         digest = hashlib.sha256()
-        for table in (self.queries, self.documents, self.judgements):
+        for table in (self.queries, self.documents, self.judgements.drop_columns(["origin", "overruled"])):
             for column in table.columns:
                 for value in column.to_pylist(): digest.update(repr(value).encode() + b"\n")
         return digest.hexdigest()
 
-    def take(
-        self,
-        rows,                     # (n,) rows of queries to keep, in this order
-        own_documents: bool = False,  # keep only documents that these queries judge, instead of the whole pool
-    ) -> "Store":
-        "The store of some of the queries."
-        queries = self.queries.take(pa.array(np.asarray(rows, dtype=np.int64)))
-        kept = self.judgements.filter(pc.is_in(self.judgements["query_id"], queries["query_id"].combine_chunks()))
-        documents = self.documents
-        if own_documents: documents = documents.filter(pc.is_in(documents["doc_id"], kept["doc_id"].combine_chunks()))
-        return Store(queries, documents, kept)
+# %% ../../nbs/11_data.store.ipynb #7945d542
+@patch
+def take(
+    self: Store,
+    rows,                         # (n,) rows of queries to keep, in this order
+    own_documents: bool = False,  # keep only documents that these queries judge, instead of the whole pool
+) -> Store:
+    "The store of some of the queries."
+    queries = self.queries.take(pa.array(np.asarray(rows, dtype=np.int64)))
+    kept = self.judgements.filter(pc.is_in(self.judgements["query_id"], queries["query_id"].combine_chunks()))
+    documents = self.documents
+    if own_documents: documents = documents.filter(pc.is_in(documents["doc_id"], kept["doc_id"].combine_chunks()))
+    return Store(queries, documents, kept, self.group_column)
 
 # %% ../../nbs/11_data.store.ipynb #9f1bd343
 def from_pairs(
     rows: Iterable[dict],      # {"query", "code" | "positive" | "document", negatives?, grade?, group?}
     group: str | None = None,  # the column that must not straddle a split: "package"
     source: str = "given",     # recorded with every judgement
+    origins: Iterable[str] | None = None,  # where each row was read, "pairs.jsonl:12"; "row 12" when not given
 ) -> Store:
     "A store from rows of pairs; equal texts are kept once, a pair judged twice keeps its higher grade."
     queries, documents, judged = {}, {}, {}
-    for row in rows:
+    for row, origin in zip(rows, origins or map("row {}".format, count(1))):
         positive = row.get("code") or row.get("positive") or row.get("document")
         query_id, doc_id = text_id(row["query"]), text_id(positive)
         queries.setdefault(query_id, (row["query"], str(row[group]) if group and row.get(group) is not None else query_id))
         for text, grade in [(positive, float(row.get("grade", 1))), *((n, 0.0) for n in row.get("negatives") or ())]:
             documents.setdefault(key := text_id(text), text)
-            judged[query_id, key] = max(grade, judged.get((query_id, key), 0.0))
-    return from_tables(((q, text, g) for q, (text, g) in queries.items()), documents.items(), ((q, d, grade) for (q, d), grade in judged.items()), source)
+            judged[query_id, key] = _stronger(judged.get((query_id, key)), (grade, origin, None))
+    judgements = ((*ids, grade, None, *origin) for ids, (grade, *origin) in judged.items())
+    return from_tables(((q, text, g) for q, (text, g) in queries.items()), documents.items(), judgements, source, group)
+
+
+def _stronger(known: tuple | None, new: tuple) -> tuple:  # (grade, origin, overruled origin) each
+    "Of two judgements of the same pair the one with the higher grade; it remembers one that says the opposite."
+    if known is None: return new
+    best, other = (new, known) if new[0] > known[0] else (known, new)
+    return (*best[:2], other[1] if (best[0] > 0) != (other[0] > 0) else best[2] or other[2])
 
 
 def from_tables(
     queries: Iterable[tuple],     # (query_id, text) or (query_id, text, group)
     documents: Iterable[tuple],   # (doc_id, text)
-    judgements: Iterable[tuple],  # (query_id, doc_id, grade) or (query_id, doc_id, grade, teacher_score)
+    judgements: Iterable[tuple],  # (query_id, doc_id, grade[, teacher_score[, origin[, overruled]]])
     source: str = "given",        # recorded with every judgement
+    group: str | None = None,     # which column the groups are
 ) -> Store:
     "A store from three streams, as in a BEIR folder. Queries without a positive are left out: no metric is defined for them."
-    judgements = [(*j, None)[:4] for j in judgements]
-    answered = {q for q, _, grade, _ in judgements if grade > 0}
+    judgements = [(*j, None, None, None)[:6] for j in judgements]
+    answered = {q for q, _, grade, *_ in judgements if grade > 0}
     queries = [(*q, q[0])[:3] for q in queries if q[0] in answered]
-    judgements = [(*j, source) for j in judgements if j[0] in answered]
+    judgements = [(*j[:4], source, *j[4:]) for j in judgements if j[0] in answered]
     if not queries: raise DataError("no query has a positive document; give at least one judgement with a grade above 0")
-    return Store(_table(queries, QUERIES), _table(documents, DOCUMENTS), _table(judgements, JUDGEMENTS))
+    return Store(_table(queries, QUERIES), _table(documents, DOCUMENTS), _table(judgements, JUDGEMENTS), group)
 
 
 def _table(rows, schema):

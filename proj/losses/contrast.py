@@ -36,6 +36,7 @@ class LossSpec:
     batch_size: int = 32     # rows a step when the user does not say
     temperature: float | None = None  # the default; None: the loss has none
     scale: bool = False      # the class takes 1 / temperature under the name "scale"
+    gathers: bool = False    # can take the rows of other processes as negatives too
     guide: bool = False      # needs a second encoder that tells false negatives
     options: dict = field(default_factory=dict)  # further arguments of the class that make it this loss
     aliases: tuple[str, ...] = ()                # other names it answers to, beside its class name
@@ -49,23 +50,23 @@ class LossSpec:
 
 # %% ../../nbs/20_losses.contrast.ipynb #79079d9b
 _st = "sentence_transformers.sentence_transformer.losses."
-_batch, _tuples = dict(in_batch=True), ("n-tuples", "triplets", "pairs")
+_batch, _gathered, _tuples = dict(in_batch=True), dict(in_batch=True, gathers=True), ("n-tuples", "triplets", "pairs")
 _both_ways = dict(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
 
 _in_batch = [
     LossSpec("infonce", "proj.losses.infonce.InfoNCE", _tuples, "mnr when only query -> document matters", **_batch, temperature=0.07),
     LossSpec("mnr", _st + "MultipleNegativesRankingLoss", _tuples, "cached_mnr when the batch you want does not fit; gist when the batch holds false negatives",
-             **_batch, temperature=0.05, scale=True),
+             **_gathered, temperature=0.05, scale=True),
     LossSpec("cached_mnr", _st + "CachedMultipleNegativesRankingLoss", _tuples, "mnr when the batch fits in memory, or the model is static",
-             **_batch, batch_size=128, temperature=0.05, scale=True),
+             **_gathered, batch_size=128, temperature=0.05, scale=True),
     LossSpec("mnr_symmetric", _st + "MultipleNegativesRankingLoss", _tuples, "infonce when a query has several positives",
-             **_batch, temperature=0.05, scale=True, options=_both_ways, aliases=("MultipleNegativesSymmetricRankingLoss",)),
+             **_gathered, temperature=0.05, scale=True, options=_both_ways, aliases=("MultipleNegativesSymmetricRankingLoss",)),
     LossSpec("cached_mnr_symmetric", _st + "CachedMultipleNegativesRankingLoss", _tuples, "mnr_symmetric when the batch fits in memory, or the model is static",
-             **_batch, batch_size=128, temperature=0.05, scale=True, options=_both_ways, aliases=("CachedMultipleNegativesSymmetricRankingLoss",)),
+             **_gathered, batch_size=128, temperature=0.05, scale=True, options=_both_ways, aliases=("CachedMultipleNegativesSymmetricRankingLoss",)),
     LossSpec("gist", _st + "GISTEmbedLoss", ("triplets", "pairs"), "mnr when a query has one right answer; cached_gist for several negatives",
-             **_batch, temperature=0.01, guide=True),
+             **_gathered, temperature=0.01, guide=True),
     LossSpec("cached_gist", _st + "CachedGISTEmbedLoss", _tuples, "gist when the batch fits in memory",
-             **_batch, batch_size=128, temperature=0.01, guide=True),
+             **_gathered, batch_size=128, temperature=0.01, guide=True),
     LossSpec("mega_batch", _st + "MegaBatchMarginLoss", ("pairs",), "mnr, which learns from all negatives of the batch and not only the hardest",
              **_batch, batch_size=128),
 ]
@@ -143,6 +144,7 @@ def make_loss(
     temperature: float | None = None,  # above 0; the loss's default when not given
     guide=None,          # SentenceTransformer for gist and cached_gist; a frozen copy of `model` as it is now when not given
     task: str = "dual",  # a key of LOSSES
+    processes: int = 1,  # that train together, each with its part of a batch
 ):                       # nn.Module: loss(sentence_features, labels) -> scalar
     "The loss, ready for the trainer."
     spec = loss_named(name, task)
@@ -152,6 +154,10 @@ def make_loss(
     if spec.temperature is not None:
         value = spec.temperature if temperature is None else temperature
         options |= {"scale": 1 / value} if spec.scale else {"temperature": value}
+    if processes > 1 and spec.in_batch:
+        gathering = ", ".join(other.name for other in LOSSES[task].values() if other.gathers)
+        if not spec.gathers: raise ConfigError(f"loss '{spec.name}' sees only the rows of its own process; with {processes} processes use one of {gathering}")
+        options["gather_across_devices"] = True
     if spec.guide: options["guide"] = frozen_copy(model) if guide is None else guide
     module, cls = spec.path.rsplit(".", 1)
     log.info("loss %s: %s", spec.name, spec.path)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Ranking', 'make_ranking', 'checked_texts', 'unique_texts', 'token_batches', 'feature_batches', 'inference',
-           'encode_texts', 'DualEncoder']
+           'encode_texts', 'free_for_model', 'DualEncoder']
 
 # %% ../../nbs/31_models.dual.ipynb #4c0813f1
+import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import ConfigError, DataError, MachineError, disk_error, pick_precision, progress, sha256_weights
+from ..core import ConfigError, DataError, MachineError, disk_error, pick_precision, progress, read_json, sha256_weights
+from ..manifest import MANIFEST, files_in, replace_folder, write_manifest
 
 # %% ../../nbs/31_models.dual.ipynb #5a43a56f
 @dataclass
@@ -138,6 +140,18 @@ def encode_texts(
     return vectors[places]
 
 # %% ../../nbs/31_models.dual.ipynb #7fd561a6
+def free_for_model(
+    folder,  # where a model shall be saved
+) -> Path:   # the folder itself, where `folder` is a link
+    "A ConfigError if the folder holds anything but a model that was saved here."
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and not target.is_dir(): raise MachineError(f"{folder}: is a file; choose a folder")
+    manifest = read_json(target / MANIFEST) if (target / MANIFEST).is_file() else {}
+    others = [name for name in files_in(target) if name not in manifest.get("files", {})]
+    if others: raise ConfigError(f"{folder}: holds other files than a model that was saved here ({', '.join(others[:3])}); choose a folder that is new or empty")
+    return target
+
+# %% ../../nbs/31_models.dual.ipynb #9f9eb459
 class DualEncoder:
     "One encoder for both sides, and the similarity of two vectors as the score."
     def __init__(
@@ -172,11 +186,18 @@ class DualEncoder:
         return sha256_weights(self.model)
 
     def save(self, folder):
-        "Write the model to a folder, which is made if it is not there."
+        "Write the model to a folder of its own; a model that is there is replaced when the new one is complete."
         from safetensors import SafetensorError
-        try: self.model.save_pretrained(str(folder), create_model_card=False)
+        target = free_for_model(folder)
+        new = target.with_name(f".{target.name}.part")
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            self.model.save_pretrained(str(new), create_model_card=False)
+            write_manifest(new)
+            replace_folder(new, target)
         except OSError as e: raise disk_error(folder, e) from e
         except SafetensorError as e: raise MachineError(f"{folder}: the weights cannot be written ({e})") from e
+        finally: shutil.rmtree(new, ignore_errors=True)
 
     @classmethod
     def load(cls, model="minilm", precision: str = "auto", **kw) -> "DualEncoder":
