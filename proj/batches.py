@@ -104,7 +104,7 @@ class LengthBatches:
     def __iter__(self): return (batch[i::self.processes].tolist() for batch in self.batches() for i in range(self.processes))
 
 # %% ../nbs/44_batches.ipynb #1a03b5d8
-def text_columns(columns: dict[str, list]) -> list[str]: return [name for name in columns if name not in ("label", "score")]
+def text_columns(columns: dict[str, list]) -> list[str]: return [name for name in columns if name not in ("label", "score", "rows")]
 
 
 def column_keys(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORY', 'LISTS', 'CONFIGS', 'VERBS', 'train_verb', 'evaluate_verb', 'rank_verb', 'compare_verb', 'replay_verb',
-           'diff_verb', 'verify_verb', 'inspect_verb', 'list_verb', 'notebook_path', 'check_parameters', 'run_verb',
-           'execute', 'main']
+           'diff_verb', 'verify_verb', 'mine_verb', 'index_verb', 'search_verb', 'inspect_verb', 'list_verb',
+           'notebook_path', 'check_parameters', 'run_verb', 'execute', 'main']
 
 # %% ../nbs/70_cli.ipynb #757c78bd
 import argparse, logging, os, sys
@@ -24,6 +24,8 @@ STORY = """proj ranks candidates for a query: train a model, measure it, use it.
   proj compare RUN_A RUN_B                the same queries, paired: differences with intervals, by group, what moved
   proj train --out RUN --resume auto      go on with a run that was killed, to the same bits
   proj replay RUN                         run it again and compare every figure; also: proj diff A B, proj verify RUN
+  proj mine --data pairs.jsonl            hard negatives, with a ledger of what was left out and why
+  proj index build --source-dir DIR --out INDEX, then proj search INDEX "binary search": the code in a folder
   proj list losses                        also: runs, data, models, metrics, parameters
   proj run train -p loss infonce          the notebook through papermill: the run is its own report
 
@@ -114,6 +116,47 @@ def verify_verb(arguments: list[str]):
     from proj.replay import verify
     print(verify(given.folder, given.accept))
 
+# %% ../nbs/70_cli.ipynb #874174b1
+def mine_verb(arguments: list[str]):
+    from proj.config import MineConfig, from_arguments
+    cfg = from_arguments(MineConfig, arguments, "proj mine")
+    from proj.mining import Mining
+    mining = Mining(cfg)
+    print(mining.run())
+    rows = mining.out / "train.jsonl"
+    print(f"\nThe ledger: {mining.out / 'ledger.parquet'}\nRows to train on: proj train --data {rows} --loss mnr")
+
+
+def index_verb(arguments: list[str]):
+    parser = _parser("index", "Make an index of the source code in a folder, or bring one up to date.")
+    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser)
+    building = verbs.add_parser("build", help="index all source code below a folder")
+    building.add_argument("--source-dir", "--source_dir", required=True, help="the folder to search in")
+    building.add_argument("--out", required=True, help="the index folder")
+    building.add_argument("--encoder", default="minilm", help="minilm, static, a run or model folder, a hub id (default: minilm)")
+    building.add_argument("--kind", default="auto", help="auto, flat, hnsw, ivfpq (default: auto)")
+    building.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave out, as in a .gitignore; may be repeated")
+    building.add_argument("--max-length", "--max_length", type=int, help="tokens the encoder reads of a chunk (default: its own limit)")
+    refreshing = verbs.add_parser("refresh", help="encode what has changed since, and remove what is gone")
+    refreshing.add_argument("index", help="the index folder")
+    refreshing.add_argument("--encoder", help="where the encoder is, when it has moved")
+    given = parser.parse_args(arguments)
+    from proj.search import build, refresh
+    if given.verb == "refresh": print(refresh(given.index, given.encoder))
+    else: print(build(given.source_dir, given.out, given.encoder, given.kind, exclude=given.exclude, max_length=given.max_length))
+
+
+def search_verb(arguments: list[str]):
+    parser = _parser("search", "The code that answers a query best.")
+    parser.add_argument("index", help="an index folder that `proj index build` made")
+    parser.add_argument("query", help="what to look for")
+    parser.add_argument("--top_k", "-k", type=int, default=5, help="how many (default: 5)")
+    parser.add_argument("--encoder", help="where the encoder is, when it has moved")
+    given = parser.parse_args(arguments)
+    if given.top_k < 1: raise ConfigError(f"parameter 'top_k' should be at least 1, got {given.top_k}")
+    from proj.search import search
+    print(search(given.index, given.query, given.top_k, given.encoder))
+
 # %% ../nbs/70_cli.ipynb #badee85f
 def inspect_verb(arguments: list[str]):
     parser = _parser("inspect", "What a run was and what it measured.")
@@ -179,7 +222,7 @@ def notebook_path(name: str) -> Path:
     return named("notebook", name, entries)
 
 
-CONFIGS = {"train": "TrainConfig", "evaluate": "EvaluateConfig", "compare": "CompareConfig"}
+CONFIGS = {"train": "TrainConfig", "evaluate": "EvaluateConfig", "compare": "CompareConfig", "mine": "MineConfig"}
 
 
 def check_parameters(
@@ -202,7 +245,7 @@ def check_parameters(
 
 def run_verb(arguments: list[str]):
     parser = _parser("run", "Run a notebook through papermill, after checking the names and values of its parameters.")
-    parser.add_argument("notebook", help="train, evaluate, compare, or a path")
+    parser.add_argument("notebook", help="train, evaluate, compare, mine, or a path")
     parser.add_argument("output", nargs="?", help="the executed notebook; <run folder>/report.ipynb when not given")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter; may be repeated")
     parser.add_argument("-f", "--file", help="a YAML or JSON file of parameters")
@@ -236,6 +279,7 @@ def execute(notebook: Path, output: str, values: dict):
 
 # %% ../nbs/70_cli.ipynb #130d6961
 VERBS = dict(train=train_verb, evaluate=evaluate_verb, rank=rank_verb, compare=compare_verb, replay=replay_verb, diff=diff_verb, verify=verify_verb,
+             mine=mine_verb, index=index_verb, search=search_verb,
              inspect=inspect_verb, list=list_verb, run=run_verb)
 
 

@@ -55,16 +55,22 @@ class Report:
         figures = self.run / "metrics.json"
         self.metrics = read_json(figures) if figures.exists() else {"systems": {}, "differences": {}, "pool": 0}
 
+    @property
+    def before(self) -> str:
+        "What the encoder before this run's training is called: a second stage begins with the first one's weights."
+        return "start" if "start" in self.metrics["systems"] else "zero_shot"
+
     def what(self) -> Page:
         "What was trained on what."
         f, c, data = self.facts_, self.config, self.facts_["data"]
         sizes = "; ".join(f"{part}: {data[part]['queries']:,} queries, {data[part]['documents']:,} documents" for part in ("train", "validation", "test"))
         rows = [("status", f["status"])] if f["status"] in ("interrupted", "failed") else []
-        rows += [("model", f"{c['model']}, {f['parameters']:,} parameters"), ("loss", f"{c['loss']} ({f['loss_class'].rsplit('.', 1)[1]}), fed {f['shape']}"),
+        rows += [("model", f"{c.get('init_from') or c['model']}, {f['parameters']:,} parameters"), ("loss", f"{c['loss']} ({f['loss_class'].rsplit('.', 1)[1]}), fed {f['shape']}"),
                 ("data", f"{data['name']} ({sizes})"), ("device", f"{f['device']}, {f['precision']}, {f['threads']} threads")]
         if "guard" in f: rows.append(("leaks", leaks_line(f["guard"])))
         if f.get("resumed"): rows.append(("went on from", "step " + ", ".join(f"{step:,}" for step in f["resumed"])))
         if "steps" in f: rows.append(("training", f"{f['rows']:,} rows, batch {f['batch_size']}, {f['steps']:,} steps, lr {c['lr']:g}, {100 * f['padding_share']:.0f} % padding"))
+        if f.get("mining_seconds") is not None: rows.append(("negatives", f"{c['negatives']['k']} a query from {c['negatives']['candidates']}, {f['mining_seconds']:.0f} s of mining"))
         if "best" in f: rows.append(("best step", f"{f['best']['step']:,} of {f['best']['of']:,}, validation MRR {f['best']['mrr']:.4f}"))
         return rows_page(rows)
 
@@ -112,9 +118,9 @@ def results_figure(self: Report, metric: str = "mrr", ax=None): return results_p
 
 # %% ../nbs/54_report.ipynb #71a76029
 @patch
-def moved(self: Report, new: str = "trained", old: str = "zero_shot") -> Page:
+def moved(self: Report, new: str = "trained", old: str | None = None) -> Page:
     "The queries that gained and lost most, with what came first before and after."
-    examples = read_json(self.run / "examples.json")[f"{new} - {old}"]
+    examples = read_json(self.run / "examples.json")[f"{new} - {old or self.before}"]
     text, markup = [], []
     for kind, title in [("lost", "Got worse"), ("gained", "Gained most")]:
         text.append(f"{title}:" if examples[kind] else f"{title}: none")

@@ -76,8 +76,10 @@ def text_trainer(
     sampler: LengthBatches,
     run: Run,
     keep: int | None = 2,  # newest checkpoints to keep; None: all
+    rounds=None,           # mined negatives, see `Rounds`
 ) -> type:
     "A SentenceTransformerTrainer class whose batches come from the sampler and whose checkpoints survive a kill."
+    import torch
     from sentence_transformers import SentenceTransformerTrainer
 
     class TextTrainer(durable(SentenceTransformerTrainer, keep)):
@@ -89,6 +91,16 @@ def text_trainer(
         def save_beside(self, folder):
             with atomic(folder / "metrics.jsonl") as f: f.write((run / "metrics.jsonl").read_text(encoding="utf-8"))
             write_json(folder / "validation.json", {"mrr": self.evaluator.values.tolist()})
+            if rounds: rounds.save(folder / "negatives.safetensors")
+
+        def compute_loss(self, model, inputs, *args, **kw):
+            rows, seen = inputs.pop("rows", None), []
+            if rows is None or not rounds.spec.reuse: return super().compute_loss(model, inputs, *args, **kw)
+            hook = self.model.register_forward_hook(lambda module, given, output: seen.append(output["sentence_embedding"].detach().float().cpu()))
+            try: return super().compute_loss(model, inputs, *args, **kw)
+            finally:
+                hook.remove()
+                rounds.saw(rows.cpu().numpy(), torch.cat(seen)[:rows.numel()].numpy())  # cached losses come by twice
 
     return TextTrainer
 

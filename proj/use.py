@@ -17,7 +17,7 @@ from .models.dual import DualEncoder
 from .models.encoder import load_encoder
 from .models.lexical import BM25
 from .run import Run
-from .train import load_parts
+from .train import load_parts, origin
 
 # %% ../nbs/62_use.ipynb #2b872d83
 def load_model(
@@ -44,8 +44,8 @@ def evaluate(cfg: EvaluateConfig) -> Evaluation:
     else: raise DataError(f"{folder}: a model folder does not tell what to evaluate on; pass data")
     evaluation = Evaluation(store, data=cfg.data or trained_with.data, seed=trained_with.seed if trained_with else 0, exclude_self=cfg.exclude_self)
     evaluation.add("bm25", BM25())
-    if trained_with and trained_with.model not in ("tiny", "scratch", "static"):
-        before = load_encoder(trained_with.model, max_length=trained_with.max_length, device=pick_device(cfg.device))
+    if trained_with and (first := origin(folder)):
+        before = load_encoder(first, max_length=trained_with.max_length, device=pick_device(cfg.device))
         evaluation.add("zero_shot", DualEncoder(before, precision=encoder.precision))
     evaluation.add("trained", encoder)
     evaluation.save(out)

@@ -19,6 +19,10 @@ from proj.core import sha256_file
 CASES = {
     "adamw": dict(model="tiny", epochs=2.5, eval_every=3, batch_size=8, max_length=32, precision="fp32", dropout=0.1),
     "cached_mnr": dict(model="tiny", loss="cached_mnr", max_steps=8, eval_every=3, batch_size=8, max_length=32, precision="fp32", dropout=0.1),
+    "refresh": dict(model="tiny", loss="infonce", epochs=2, eval_every=3, batch_size=8, max_length=32, precision="fp32", dropout=0.1,
+                    negatives=dict(candidates="union", k=2, refresh_every=5)),
+    "reuse": dict(model="tiny", loss="cached_mnr", epochs=2, eval_every=3, batch_size=8, max_length=32, precision="fp32", dropout=0.1,
+                  negatives=dict(candidates="dense", refresh_every=3, reuse=True)),
 }
 LAST = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "validation.json")  # of the last checkpoint
 

@@ -8,7 +8,7 @@ __all__ = ['QUERIES', 'DOCUMENTS', 'JUDGEMENTS', 'text_id', 'Store', 'from_pairs
 # %% ../../nbs/11_data.store.ipynb #34b99279
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 
@@ -63,11 +63,16 @@ class Store:
     def grades(self) -> np.ndarray: return self.judgements["grade"].to_numpy()
 
     @cached_property
+    def masked(self) -> np.ndarray:
+        "(j,) rows of judgements whose document is no negative of its query, nor one within a batch."
+        return np.flatnonzero((self.grades < 0) & (np.array(self.judgements["source"].to_pylist(), object) != "audit:drop"))
+
+    @cached_property
     def has(self) -> set[str]:
         "What can be rendered: pairs, negatives, grades, teacher_scores."
         found = {"pairs"} if (self.grades > 0).any() else set()
         if (self.grades == 0).any(): found.add("negatives")
-        if len(np.unique(self.grades)) > 1: found.add("grades")
+        if len(np.unique(self.grades[self.grades >= 0])) > 1: found.add("grades")
         if self.judgements["teacher_score"].null_count < len(self.judgements): found.add("teacher_scores")
         return found
 
@@ -93,6 +98,27 @@ def take(
     documents = self.documents
     if own_documents: documents = documents.filter(pc.is_in(documents["doc_id"], kept["doc_id"].combine_chunks()))
     return Store(queries, documents, kept, self.group_column)
+
+# %% ../../nbs/11_data.store.ipynb #52ca79bd
+@patch
+def without(
+    self: Store,
+    source: str,  # the beginning of a source: "mined:"
+) -> Store:
+    "The store without the judgements of a source."
+    return replace(self, judgements=self.judgements.filter(pc.invert(pc.fill_null(pc.starts_with(self.judgements["source"], source), False))))
+
+
+@patch
+def judge(
+    self: Store,
+    judgements: Iterable[tuple],  # (query_id, doc_id, grade, teacher_score, source, origin)
+) -> Store:
+    "The store with more judgements; of a pair that was judged before the new one counts."
+    new = {(query_id, doc_id): (query_id, doc_id, *rest, None) for query_id, doc_id, *rest in judgements}
+    known = zip(self.judgements["query_id"].to_pylist(), self.judgements["doc_id"].to_pylist())
+    old = self.judgements.filter(pa.array([pair not in new for pair in known], pa.bool_()))
+    return replace(self, judgements=pa.concat_tables([old, _table(new.values(), JUDGEMENTS)]))
 
 # %% ../../nbs/11_data.store.ipynb #9f1bd343
 def from_pairs(
@@ -155,6 +181,7 @@ def render(
         keep = np.flatnonzero(grade > 0)
         return {"anchor": [queries[i] for i in q[keep]], "positive": [documents[i] for i in d[keep]]}
     if shape in ("labelled pairs", "scored pairs"):
+        q, d, grade = (column[grade >= 0] for column in (q, d, grade))
         name, value = ("label", (grade > 0).astype(int)) if shape == "labelled pairs" else ("score", grade / grade.max())
         return {"anchor": [queries[i] for i in q], "text": [documents[i] for i in d], name: value.tolist()}
     rows, drawn = draw_negatives(store, k if shape == "n-tuples" else 1, seed)
