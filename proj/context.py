@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COPY', 'OPENING', 'CONCLUSIONS', 'RetrievalSpec', 'file_of', 'held', 'Retriever', 'opening', 'token_ids', 'examples',
-           'stands_in', 'language_model', 'per_file', 'perplexity', 'change', 'verdict', 'ContextConfig', 'exactly',
-           'predictable', 'random_chunks']
+           'stretches', 'stands_in', 'language_model', 'per_file', 'perplexity', 'change', 'verdict', 'ContextConfig',
+           'exactly', 'predictable', 'random_chunks']
 
 # %% ../nbs/65_context.ipynb #e11bbc96
 import re
@@ -167,6 +167,17 @@ def examples(
         rows.append({"input_ids": before + target[:target_tokens], "labels": [-100] * len(before) + target[:target_tokens]})
     return rows
 
+# %% ../nbs/65_context.ipynb #7e889cce
+def stretches(
+    tokenizer,           # its end-of-text token stands between files
+    files: list[str],    # texts, in the order in which they shall be read
+    length: int,         # tokens a row
+) -> list[dict]:         # input_ids and labels, all rows of equal length
+    "Rows for a causal language model that have no context and no opening."
+    flat = [token for ids in token_ids(tokenizer, files) for token in [*ids, tokenizer.eos_token_id]]
+    rows = [flat[start:start + length] for start in range(0, len(flat) - length + 1, length)] or [flat]
+    return [{"input_ids": row, "labels": list(row)} for row in rows]
+
 # %% ../nbs/65_context.ipynb #5ef13338
 def stands_in(
     rows: list[dict],  # of `examples`
@@ -259,8 +270,9 @@ class ContextConfig(Spec):
     max_files: int | None = Field(None, ge=4, description="use at most so many files, drawn with the seed")
     encoder: str = Field("static", description="who finds chunks: static, minilm, a run or model folder")
     k: int = Field(2, ge=1, le=100, description="chunks put before the opening")
-    steps: int = Field(300, ge=1, description="training steps of each of the three")
-    batch_size: int = Field(8, ge=1, le=65536, description="chunks a step")
+    first_steps: int = Field(400, ge=0, description="training steps on whole files that the three have in common")
+    steps: int = Field(150, ge=1, description="training steps of each of the three")
+    batch_size: int = Field(8, ge=1, le=65536, description="rows a step")
     lr: float = Field(2e-3, gt=0, le=1, description="peak learning rate")
     vocab_size: int = Field(4_096, ge=258, description="tokens, learnt from the training chunks")
     dim: int = Field(192, ge=8, description="width of the model, a multiple of 2 * heads")

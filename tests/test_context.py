@@ -229,7 +229,7 @@ def test_the_notebook_declares_exactly_the_fields_of_its_config():
 
 def test_the_notebook_ends_with_three_perplexities(tmp_path):
     write(tmp_path / "tree", {f"{a}/{b}.py": [function(a, i), function(b, i), function(f"{a}_{b}", i)] for i, (a, b) in enumerate(zip(NOUNS, NOUNS[1:]))})
-    values = dict(source=tmp_path / "tree", out=tmp_path / "out", steps=3, batch_size=2, dim=16, layers=1, heads=2, vocab_size=300, context_tokens=12, target_tokens=12, held_out_share=0.3)
+    values = dict(source=tmp_path / "tree", out=tmp_path / "out", first_steps=2, steps=3, batch_size=2, dim=16, layers=1, heads=2, vocab_size=300, context_tokens=12, target_tokens=12, held_out_share=0.3)
     done = subprocess.run([sys.executable, "-m", "papermill", str(NOTEBOOK), "note.ipynb", "-k", "python3", "--no-progress-bar",
                            *(str(part) for name, value in values.items() for part in ("-p", name, value))], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
