@@ -529,6 +529,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'proj.train.begin': ('train.html#begin', 'proj/train.py'),
                             'proj.train.fit': ('train.html#fit', 'proj/train.py'),
                             'proj.train.load_parts': ('train.html#load_parts', 'proj/train.py'),
+                            'proj.train.same_parameters': ('train.html#same_parameters', 'proj/train.py'),
                             'proj.train.same_start': ('train.html#same_start', 'proj/train.py')},
             'proj.trainer': { 'proj.trainer.check_report_to': ('trainer.html#check_report_to', 'proj/trainer.py'),
                               'proj.trainer.history_callback': ('trainer.html#history_callback', 'proj/trainer.py'),

@@ -8,7 +8,8 @@ import nbformat
 import papermill
 import pytest
 
-from proj.config import EvaluateConfig, TrainConfig
+from proj.cli import VERBS, main
+from proj.config import CompareConfig, EvaluateConfig, Spec, TrainConfig
 from proj.core import read_json
 from proj.run import Run
 
@@ -33,7 +34,7 @@ def run_papermill(folder, *arguments):
 def flat(values, flag): return [part for name, value in values.items() for part in (flag, name, str(value))]
 
 
-@pytest.mark.parametrize("name, cls", [("train", TrainConfig), ("evaluate", EvaluateConfig)])
+@pytest.mark.parametrize("name, cls", [("train", TrainConfig), ("evaluate", EvaluateConfig), ("compare", CompareConfig)])
 def test_a_notebook_declares_exactly_the_fields_of_its_config(name, cls):
     declared = papermill.inspect_notebook(str(NBS / f"{name}.ipynb"))
     assert list(declared) == list(cls.model_fields)
@@ -41,7 +42,7 @@ def test_a_notebook_declares_exactly_the_fields_of_its_config(name, cls):
         info = cls.model_fields[field]
         default = None if info.is_required() else info.get_default(call_default_factory=True)
         written = eval(parameter["default"])
-        assert written == default or (written == {} and field == "optimizer"), field
+        assert written == default or (written == {} and isinstance(default, Spec)), field
 
 
 def test_the_train_notebook_runs_and_is_its_own_report(folder):
@@ -99,6 +100,15 @@ def test_proj_run_through_papermill(folder, proj_cli):
     (["evaluate", "runs/none"], 2, "no run folder"),
     (["inspect", "runs/none"], 2, "no run folder"),
     (["list", "lossse"], 2, "invalid choice"),
+    (["compare", "runs/none", "runs/other"], 2, "no run folder"),
+    (["compare", "runs/none"], 2, "two or more runs"),
+    (["compare"], 2, "parameter 'runs'"),
+    (["replay", "runs/none"], 2, "no run folder"),
+    (["replay", "runs/none", "--tolerance", "-1"], 2, "should be 0 or more"),
+    (["diff", "runs/none", "runs/none"], 2, "no run folder"),
+    (["verify", "runs/none"], 2, "no COMMIT.json"),
+    (["train", "--resume", "auto"], 2, "out is not given"),
+    (["train", "--resume", "yes", "--out", "runs/x"], 2, "parameter 'resume' should be 'auto'"),
 ])
 def test_mistakes_get_one_line_and_an_exit_code(proj_cli, arguments, code, says):
     done = proj_cli(*arguments)
@@ -110,7 +120,7 @@ def test_a_traceback_comes_with_v_only(proj_cli):
     assert "Traceback" in proj_cli("train", "--los", "mnr", "-v").stderr
 
 
-@pytest.mark.parametrize("verb", ["", "train", "evaluate", "rank", "inspect", "list", "run"])
+@pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_loads_nothing_heavy(verb):
     script = ("import sys; from proj.cli import main\ncode = main([a for a in [sys.argv[1], '--help'] if a])\n"
               "print(sorted({'torch', 'transformers', 'sentence_transformers', 'datasets', 'IPython', 'matplotlib', 'scipy'} & set(sys.modules)), file=sys.stderr); sys.exit(code)")
@@ -144,3 +154,86 @@ def test_a_run_can_be_ranked_inspected_listed_and_evaluated(proj_cli, folder):
         assert again["systems"]["trained"][metric]["ci95"] == pytest.approx(figure["ci95"], abs=1e-9)  # the bootstrap's matrix product is as wide as there are systems
     other = proj_cli("evaluate", "runs/layers", "--data", "pairs.jsonl", cwd=folder)
     assert other.returncode == 0 and read_json(folder / "runs/layers/evaluations/pairs/metrics.json")["systems"]["bm25"]["mrr"]["n"] == 100
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    "Two runs that differ in their learning rate."
+    from proj.config import make
+    from proj.train import fit
+    for name, lr in [("slow", 1e-4), ("fast", 1e-3)]: fit(make(TrainConfig, SMALL | dict(data=str(folder / "pairs.jsonl"), out=str(folder / "two" / name), lr=lr)))
+    return folder / "two"
+
+
+def said(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_two_runs_are_compared(two, capsys):
+    code, out, _ = said(capsys, "compare", two / "slow", two / "fast", "--metrics", "mrr,recall@10", "--by", "words", "--out", two / "compared")
+    assert code == 0 and "30 queries, pool of 300" in out and "by words" in out and "to show 0.01" in out
+    saved = read_json(two / "compared" / "comparison.json")
+    difference = saved["differences"]["fast - slow"]["mrr"]
+    values = [read_json(two / name / "metrics.json")["systems"]["trained"]["mrr"]["value"] for name in ("fast", "slow")]
+    assert difference["value"] == pytest.approx(values[0] - values[1]) and difference["n"] == 30
+    assert difference["wins"] + difference["ties"] + difference["losses"] == 30
+
+
+def test_the_compare_notebook_runs(two):
+    done = subprocess.run([sys.executable, "-m", "papermill", str(NBS / "compare.ipynb"), "compare.ipynb", "-k", "python3", "--no-progress-bar", "-p", "runs", f"[{two}/slow, {two}/fast]", "-p", "by", "words"],
+                          cwd=two, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shown = [o["data"] for c in nbformat.read(two / "compare.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    assert sum("image/png" in data for data in shown) == 3
+
+
+def test_what_two_runs_differ_in(two, capsys):
+    code, out, _ = said(capsys, "diff", two / "slow", two / "fast")
+    lines = out.splitlines()
+    assert code == 0 and [line.split() for line in lines if line.startswith("config")] == [["config", "lr", "0.0001", "0.001"]]
+    assert any(line.startswith("metrics") and "trained mrr" in line for line in lines) and not any(line.startswith(("data", "versions", "machine")) for line in lines)
+
+
+def test_a_run_is_verified_and_accepted(two, capsys):
+    assert said(capsys, "verify", two / "slow")[0] == 0
+    card = two / "slow" / "model" / "config_sentence_transformers.json"
+    card.write_text(card.read_text() + " ")
+    code, out, error = said(capsys, "verify", two / "slow")
+    assert code == 4 and out == "" and card.name in error and len(error.splitlines()) == 1
+    code, _, error = said(capsys, "rank", two / "slow", "sort a list")
+    assert code == 2 and f"proj verify {card.parent} --accept" in error and "Traceback" not in error
+    assert said(capsys, "verify", two / "slow", "--accept")[0] == 0 and said(capsys, "verify", two / "slow")[0] == 0
+    assert said(capsys, "rank", two / "slow", "sort a list")[0] == 0
+
+
+def test_a_damaged_pool_is_not_searched(two, capsys):
+    pool = two / "fast" / "pool.parquet"
+    raw = bytearray(pool.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    pool.write_bytes(raw)
+    code, _, error = said(capsys, "rank", two / "fast", "sort a list")
+    assert code == 2 and "pool.parquet: sha256 differs" in error
+
+
+def test_a_replay_on_the_command_line(two, capsys):
+    code, out, _ = said(capsys, "replay", two / "slow", "--out", two / "again")
+    assert code == 0 and "all the same" in out
+    (two / "fast" / "run.json").write_text((two / "fast" / "run.json").read_text().replace('"lr": 0.001', '"lr": 0.002'))
+    code, out, error = said(capsys, "replay", two / "fast", "--out", two / "other")
+    assert code == 4 and "figures differ, first metrics" in error and len(error.splitlines()[-1]) < 400
+
+
+def test_a_leak_stops_the_training(tmp_path, capsys):
+    data, some = tmp_path / "leaky", list(rows())
+    data.mkdir()
+    (data / "train.jsonl").write_text("".join(json.dumps({"query": r["query"], "code": r["code"]}) + "\n" for r in some[:60]))
+    (data / "test.jsonl").write_text("".join(json.dumps({"query": r["query"].upper() + "!", "code": r["code"]}) + "\n" for r in some[59:]))
+    arguments = ["train", "--data", data, "--out", tmp_path / "run", *[f"--{name}={value}" for name, value in SMALL.items()]]
+    code, _, error = said(capsys, *arguments)
+    assert code == 4 and f"{data}/train.jsonl:60" in error and f"{data}/test.jsonl:1" in error and "allow_leak=true" in error
+    assert Run.open(tmp_path / "run").status == "failed" and (tmp_path / "run" / "leaks.jsonl").stat().st_size > 0
+    code, _, error = said(capsys, *arguments[:4], tmp_path / "allowed", *arguments[5:], "--allow_leak", "true")
+    assert code == 0 and Run.open(tmp_path / "allowed").facts["guard"]["leaking_queries"]["test"] >= 1
+    assert "ALLOWED" in (tmp_path / "allowed" / "report.html").read_text()

@@ -97,7 +97,7 @@ def test_an_interrupted_run_says_so_and_keeps_what_it_has(pairs, tmp_path, sign)
     process = subprocess.Popen([sys.executable, "-m", "proj.cli", "train", "--data", pairs, "--out", out, "--model", "tiny", "--epochs", "1000", "--eval_every", "5",
                                 "--batch_size", "8", "--max_length", "32"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     deadline = time.monotonic() + 120
-    while not ((out / "metrics.jsonl").exists() and '"mrr"' in (out / "metrics.jsonl").read_text() and list(out.glob("checkpoints/*/modules.json"))):
+    while not ((out / "metrics.jsonl").exists() and '"mrr"' in (out / "metrics.jsonl").read_text() and list(out.glob("checkpoints/*/COMMIT.json"))):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.2)
     process.send_signal(sign)
