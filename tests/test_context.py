@@ -10,7 +10,7 @@ import pytest
 
 from proj.config import make
 from proj.context import (ContextConfig, OPENING, RetrievalSpec, Retriever, change, examples, exactly, file_of, language_model, opening, per_file, perplexity,
-                          predictable, random_chunks, verdict)
+                          predictable, random_chunks, stretches, verdict)
 from proj.core import ConfigError, DataError, read_json
 from proj.data.split import normalise
 from proj.embeddings import EmbeddingCache
@@ -136,6 +136,16 @@ def test_the_same_target_tokens_are_predicted_with_any_context(retriever):
             assert len(row["labels"]) == len(row["input_ids"]) and row["input_ids"][-len(kept):] == kept and set(row["labels"][:-len(kept)]) == {-100}
         none, random, nearest = ([i for i in row["input_ids"]] for row in rows)
         assert random[-len(none):] == nearest[-len(none):] == none and nearest.count(tokenizer.eos_token_id) == 4 and none.count(tokenizer.eos_token_id) == 0
+
+
+def test_stretches_of_whole_files_lose_nothing_but_the_end():
+    tokenizer = train_tokenizer([function(noun) for noun in NOUNS], 400)
+    files = [function(noun) for noun in NOUNS[:5]]
+    rows = stretches(tokenizer, files, 33)
+    flat = [token for row in rows for token in row["input_ids"]]
+    assert all(row["input_ids"] == row["labels"] and len(row["labels"]) == 33 for row in rows)
+    assert "<eos>".join(files).startswith(tokenizer.decode(flat)) and flat.count(tokenizer.eos_token_id) == 4
+    assert len(stretches(tokenizer, files, 10**6)) == 1, "less than a row is a row"
 
 
 # ---- the same answers

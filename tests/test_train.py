@@ -95,7 +95,8 @@ def test_same_config_in_fresh_processes_gives_the_same_bits(pairs, tmp_path):
 def test_an_interrupted_run_says_so_and_keeps_what_it_has(pairs, tmp_path, sign):
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-m", "proj.cli", "train", "--data", pairs, "--out", out, "--model", "tiny", "--epochs", "1000", "--eval_every", "5",
-                                "--batch_size", "8", "--max_length", "32"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+                                "--batch_size", "8", "--max_length", "32"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell that works in the background ignores it
     deadline = time.monotonic() + 120
     while not ((out / "metrics.jsonl").exists() and '"mrr"' in (out / "metrics.jsonl").read_text() and list(out.glob("checkpoints/*/COMMIT.json"))):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
