@@ -123,8 +123,9 @@ def mine_verb(arguments: list[str]):
     from proj.mining import Mining
     mining = Mining(cfg)
     print(mining.run())
-    rows = mining.out / "train.jsonl"
-    print(f"\nThe ledger: {mining.out / 'ledger.parquet'}\nRows to train on: proj train --data {rows} --loss mnr")
+    flags = f"--data {cfg.data} --model {cfg.model}" if cfg.negatives.candidates != "bm25" else f"--data {cfg.data}"
+    print(f"\nThe ledger:       {mining.out / 'ledger.parquet'}\nTrain on it:      proj train --data {mining.out / 'train.jsonl'} --loss mnr\n"
+          f"Judge a sample:   nbs/mine.ipynb in Jupyter, then mine again: proj mine {flags} --labels {mining.out / 'labels.jsonl'}")
 
 
 def index_verb(arguments: list[str]):
@@ -137,13 +138,14 @@ def index_verb(arguments: list[str]):
     building.add_argument("--kind", default="auto", help="auto, flat, hnsw, ivfpq (default: auto)")
     building.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave out, as in a .gitignore; may be repeated")
     building.add_argument("--max-length", "--max_length", type=int, help="tokens the encoder reads of a chunk (default: its own limit)")
+    building.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     refreshing = verbs.add_parser("refresh", help="encode what has changed since, and remove what is gone")
     refreshing.add_argument("index", help="the index folder")
     refreshing.add_argument("--encoder", help="where the encoder is, when it has moved")
     given = parser.parse_args(arguments)
     from proj.search import build, refresh
     if given.verb == "refresh": print(refresh(given.index, given.encoder))
-    else: print(build(given.source_dir, given.out, given.encoder, given.kind, exclude=given.exclude, max_length=given.max_length))
+    else: print(build(given.source_dir, given.out, given.encoder, given.kind, exclude=given.exclude, max_length=given.max_length, device=given.device))
 
 
 def search_verb(arguments: list[str]):

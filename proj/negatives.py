@@ -38,12 +38,16 @@ class Rounds:
         self.miner = Miner(store, spec.model_copy(update=dict(k=spec.k + SPARE)), seed)
         keys = near_duplicate_keys([*store.query_texts, *store.document_texts])
         self.document_keys = keys[len(store.query_texts):]
-        self.answers = {}  # query row -> keys of its positives
-        for q, d, grade in zip(store.query_rows, store.document_rows, store.grades):
-            if grade > 0: self.answers.setdefault(int(q), set()).add(int(self.document_keys[d]))
+        self.answers, self.barred = self._keys(store.answers), self._keys(store.answers | (store.grades < 0))
         self.now = self.before = np.full((len(store.query_texts), 0), -1)  # (n, k + SPARE) rows of documents, -1 where there is none
         self.seconds = 0.0
         self.since, self.vectors = -1, None  # the batch after which `now` counts; (queries, documents) as they were encoded last
+
+    def _keys(self, which) -> dict[int, set[int]]:
+        "Query row -> keys of the documents of some judgements."
+        found, rows = {}, np.flatnonzero(which)
+        for query, key in zip(self.store.query_rows[rows].tolist(), self.document_keys[self.store.document_rows[rows]].tolist()): found.setdefault(query, set()).add(key)
+        return found
 
     def mine(
         self,
@@ -86,7 +90,7 @@ def choose(
     taken = {int(self.document_keys[d]) for d in positives}
     draw, chosen = rng(self.seed, "fill negatives", batch), np.empty((len(queries), k), np.int64)
     for i, query in enumerate(queries.tolist()):
-        barred = taken | self.answers[query]
+        barred = taken | self.barred[query]
         mined = [d for d in table[query].tolist() if d >= 0 and int(self.document_keys[d]) not in barred][:k]
         others = (d for d in draw.integers(len(self.document_keys), size=100 * k).tolist() if int(self.document_keys[d]) not in barred)
         chosen[i] = mined + [next(others, int(positives[i])) for _ in range(k - len(mined))]  # where all documents are right answers, the positive itself
@@ -95,7 +99,7 @@ def choose(
 
 @patch
 def labels(self: Rounds, queries, positives, negatives) -> list[list[int]]:  # (b, 1 + k + P)
-    "What InfoNCE is told: keys of each row's candidates, then of all known positives of its query, padded with -1."
+    "What InfoNCE is told: keys of each row's candidates, then of all that answers its query, padded with -1."
     width, key = max(map(len, self.answers.values())), self.document_keys
     known = [sorted(self.answers[int(q)]) for q in queries]
     return [[int(key[p]), *key[n].tolist(), *k, *[-1] * (width - len(k))] for p, n, k in zip(positives, negatives, known)]

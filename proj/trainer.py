@@ -29,12 +29,12 @@ def mask_labels(
     columns: dict[str, list],
     keys: np.ndarray,         # (n, 2 + K) of `column_keys`: anchor, positive, K negatives
 ) -> list[list[int]]:         # (n, 1 + K + P)
-    "Candidate keys, then the keys of all known positives of the query, padded with -1."
+    "Candidate keys, then the keys of all that answers the query, padded with -1."
     key_of = {text: key for name, column in zip(text_columns(columns), keys.T) for text, key in zip(columns[name], column.tolist())}
     known = {}
-    for q, d, grade in zip(store.query_rows, store.document_rows, store.grades):
+    for q, d in zip(store.query_rows[store.answers], store.document_rows[store.answers]):
         text = store.document_texts[d]
-        if grade > 0 and text in key_of: known.setdefault(store.query_texts[q], []).append(key_of[text])
+        if text in key_of: known.setdefault(store.query_texts[q], []).append(key_of[text])
     width = max(map(len, known.values()))
     return [[*row[1:], *known[anchor], *[-1] * (width - len(known[anchor]))] for anchor, row in zip(columns["anchor"], keys.tolist())]
 

@@ -9,7 +9,7 @@ import papermill
 import pytest
 
 from proj.cli import VERBS, main
-from proj.config import CompareConfig, EvaluateConfig, Spec, TrainConfig
+from proj.config import CompareConfig, EvaluateConfig, MineConfig, Spec, TrainConfig
 from proj.core import read_json
 from proj.run import Run
 
@@ -34,7 +34,7 @@ def run_papermill(folder, *arguments):
 def flat(values, flag): return [part for name, value in values.items() for part in (flag, name, str(value))]
 
 
-@pytest.mark.parametrize("name, cls", [("train", TrainConfig), ("evaluate", EvaluateConfig), ("compare", CompareConfig)])
+@pytest.mark.parametrize("name, cls", [("train", TrainConfig), ("evaluate", EvaluateConfig), ("compare", CompareConfig), ("mine", MineConfig)])
 def test_a_notebook_declares_exactly_the_fields_of_its_config(name, cls):
     declared = papermill.inspect_notebook(str(NBS / f"{name}.ipynb"))
     assert list(declared) == list(cls.model_fields)
@@ -237,3 +237,40 @@ def test_a_leak_stops_the_training(tmp_path, capsys):
     code, _, error = said(capsys, *arguments[:4], tmp_path / "allowed", *arguments[5:], "--allow_leak", "true")
     assert code == 0 and Run.open(tmp_path / "allowed").facts["guard"]["leaking_queries"]["test"] >= 1
     assert "ALLOWED" in (tmp_path / "allowed" / "report.html").read_text()
+
+
+# ---- hard negatives and code search
+
+def test_hard_negatives_are_mined_trained_on_and_mined_again(folder, capsys):
+    given = ["mine", "--data", folder / "pairs.jsonl", "--model", "static", "--negatives.k", 2, "--negatives.relative_margin", 0, "--out", folder / "mined"]
+    assert main(list(map(str, given))) == 0
+    said = capsys.readouterr().out
+    assert "share of the candidates" in said and f"--labels {folder / 'mined' / 'labels.jsonl'}" in said
+    mined = [json.loads(line) for line in (folder / "mined" / "train.jsonl").open()]
+    texts = {text for row in rows() for text in [row["code"], *row["negatives"]]}
+    assert any(len(row["negatives"]) > 2 for row in mined) and all(set(row["negatives"]) <= texts - {row["positive"]} for row in mined)
+    assert main(list(map(str, ["train", "--data", folder / "mined" / "train.jsonl", *(part for name, value in SMALL.items() for part in (f"--{name}", value)), "--loss", "mnr", "--out", folder / "on_mined"]))) == 0
+    assert main(list(map(str, [*given, "--labels", folder / "none.jsonl"]))) == 2
+    assert "no such file; pass the labels.jsonl of an audit" in capsys.readouterr().err
+
+
+def test_code_is_indexed_searched_and_brought_up_to_date(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    code = tmp_path / "code"
+    code.mkdir()
+    for what in ("window", "door", "calendar"): (code / f"{what}.py").write_text(f'def open_{what}(x):\n    "Open the {what}."\n    return x.{what}.open()\n')
+    assert main(["index", "build", "--source-dir", str(code), "--encoder", "static", "--out", str(tmp_path / "index")]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("3 chunks: 3 added") == 1 and "3 chunks: 3 added" not in said.err
+    assert main(["search", str(tmp_path / "index"), "calendar", "-k", "1"]) == 0
+    assert "calendar.py:1-3" in capsys.readouterr().out
+    (code / "roof.py").write_text("def open_roof(x): return x\n")
+    assert main(["index", "refresh", str(tmp_path / "index")]) == 0
+    assert "1 new" in capsys.readouterr().out
+    assert main(["index", "build", "--source-dir", str(code), "--encoder", "static", "--kind", "hnsw", "--out", str(tmp_path / "graph")]) == 0
+    assert "recall@10" in capsys.readouterr().out
+    for arguments, says in [(["search", str(tmp_path / "index"), "roof", "-k", "0"], "parameter 'top_k' should be at least 1, got 0"), (["search", str(tmp_path / "none"), "roof"], "missing"),
+                            (["index", "build", "--source-dir", str(tmp_path / "none"), "--out", str(tmp_path / "x")], "no such folder"), (["index"], "see 'proj index --help'")]:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.strip()
+        assert says in error and "\n" not in error

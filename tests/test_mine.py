@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 import proj.mine
 from proj.audit import Audit, apply, read_labels
+from proj.batches import column_keys
 from proj.candidates import Dense, load_cross_encoder
 from proj.config import NegativesSpec, make
 from proj.core import ConfigError, DataError
+from proj.data.guard import label_conflicts
 from proj.data.read import read_rows
 from proj.data.split import normalise
 from proj.data.store import from_pairs, from_tables, render
@@ -24,6 +26,8 @@ from proj.embeddings import EmbeddingCache
 from proj.mine import Mined, Miner, mine
 from proj.models.dual import DualEncoder
 from proj.models.encoder import load_encoder, resolve
+from proj.negatives import Rounds
+from proj.trainer import mask_labels
 
 WORDS = "river stone cloud amber violet harbour lantern meadow copper thunder willow ember falcon glacier orchid pebble quartz ridge saffron timber".split()
 
@@ -344,7 +348,23 @@ def test_labels_of_an_audit_hold_when_the_store_is_mined_again(encoder, tmp_path
     mended = apply(mined.store(store), labels)
     again = mine(mended, spec(k=59, relative_margin=None, strategy="top"), encoder=encoder)
     assert not set(kept(again)) & {pair for pair, label in labels.items() if label != "keep"}
-    assert (mended.grades > 0).sum() == 62 and len(mended.masked) == 2
+    assert (mended.grades > 0).sum() == 62 and mended.answers.sum() == 64
+
+
+def test_what_a_person_masked_or_dropped_is_no_negative_in_training(encoder):
+    names = [f"d{i}" for i in range(6)]
+    store = from_tables([(f"q{i}", f"{WORDS[i]} question") for i in range(3)], [(name, f"{WORDS[10 + i]} answer {name}") for i, name in enumerate(names)],
+                        [("q0", "d0", 1), ("q1", "d1", 1), ("q2", "d2", 1)])
+    store = store.judge([("q0", "d1", -1, None, "audit:mask", None), ("q0", "d2", -1, None, "audit:drop", None)])
+    rounds = Rounds(store, encoder, spec(k=2))
+    key, (zero, one) = rounds.document_keys, (np.array([0]), np.array([1]))
+    assert set(rounds.labels(zero, zero, np.array([[3, 4]]))[0][3:]) == {key[0], key[1]}, "the masked one counts as an answer, the dropped one may meet the query in a batch"
+    assert {int(d) for batch in range(200) for d in rounds.choose(zero, zero, batch)[0]} == {3, 4, 5}, "drawn to fill up: neither answers, nor what was dropped"
+    assert {int(d) for batch in range(200) for d in rounds.choose(one, one, batch)[0]} == {0, 2, 3, 4, 5}, "another's answer is free"
+    pairs = render(store, "pairs")
+    first = mask_labels(store, pairs, column_keys(pairs))[pairs["anchor"].index(f"{WORDS[0]} question")]
+    assert len(set(first[1:]) - {-1}) == 2, "its answer, and what is masked"
+    assert label_conflicts(store) == []
 
 
 # ---- bad input

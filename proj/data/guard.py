@@ -199,7 +199,7 @@ def label_conflicts(
 ) -> list[Leak]:         # texts, ids and origins are those of the positive and of the negative document
     "Negatives that are also a positive of the same query."
     positive, judged = np.flatnonzero(store.grades > 0), store.judgements
-    negative = np.flatnonzero(store.grades <= 0)
+    negative = np.flatnonzero(store.grades == 0)
     ids, origin, overruled = (judged[column].to_pylist() for column in ("doc_id", "origin", "overruled"))
     found, text = [], [store.document_texts[row] for row in store.document_rows]
     def add(kind, i, j, where):

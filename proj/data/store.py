@@ -63,9 +63,9 @@ class Store:
     def grades(self) -> np.ndarray: return self.judgements["grade"].to_numpy()
 
     @cached_property
-    def masked(self) -> np.ndarray:
-        "(j,) rows of judgements whose document is no negative of its query, nor one within a batch."
-        return np.flatnonzero((self.grades < 0) & (np.array(self.judgements["source"].to_pylist(), object) != "audit:drop"))
+    def answers(self) -> np.ndarray:
+        "(j,) bool, whether the document of a judgement must not be a negative of its query, not even by chance within a batch: positives, and what is masked."
+        return (self.grades > 0) | (self.grades < 0) & (np.array(self.judgements["source"].to_pylist(), object) != "audit:drop")
 
     @cached_property
     def has(self) -> set[str]:
