@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 # before anything imports torch, transformers or matplotlib; child processes inherit it
-_threads = str(min(2, os.cpu_count() or 1))
+_threads = "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, os.cpu_count() or 1))  # workers share the cores
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ.setdefault(_name, _threads)
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"): os.environ[_name] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine, threads that spin while they wait double the time a small model trains
