@@ -67,7 +67,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(n, n_resamples, metric, k
         picks = generator.integers(0, len(a), (500, n))
         means.append(share_held(mean_intervals(a[picks], n_resamples=n_resamples), a.mean()))
         differences.append(share_held(paired_differences(a[picks], b[picks], n_resamples=n_resamples), (a - b).mean()))
-    record_property("coverage of the mean, of the difference", (np.mean(means), np.mean(differences)))
+    record_property("coverage of the mean, of the difference", (float(np.mean(means)), float(np.mean(differences))))
     assert 0.94 <= np.mean(means) <= 0.96 and 0.94 <= np.mean(differences) <= 0.96
 
 
