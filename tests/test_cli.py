@@ -222,7 +222,7 @@ def test_a_replay_on_the_command_line(two, capsys):
     assert code == 0 and "all the same" in out
     (two / "fast" / "run.json").write_text((two / "fast" / "run.json").read_text().replace('"lr": 0.001', '"lr": 0.002'))
     code, out, error = said(capsys, "replay", two / "fast", "--out", two / "other")
-    assert code == 4 and "figures differ, first metrics" in error and len(error.splitlines()[-1]) < 400
+    assert code == 4 and "figures differ, first metrics" in error and len(error.splitlines()[-1].replace(str(two), "")) < 300
 
 
 def test_a_leak_stops_the_training(tmp_path, capsys):
