@@ -2,6 +2,7 @@
 
     python tests/kills.py 200          # so many random kills, for every case
 """
+import math
 import multiprocessing
 import os
 import random
@@ -9,8 +10,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from proj.core import sha256_file
@@ -46,6 +49,22 @@ def servant() -> multiprocessing.context.BaseContext:
     return context
 
 
+LOCK = threading.Lock()  # starting one process polls all others: two threads that read one exit code get the wrong one, 255
+
+
+def lived(process: multiprocessing.Process, kill_after: float | None = None) -> multiprocessing.Process:
+    "Start a process, kill it after some seconds if asked to, wait for its end."
+    with LOCK: process.start()
+    end = math.inf if kill_after is None else time.monotonic() + kill_after
+    while True:
+        with LOCK: alive = process.is_alive()
+        if not alive: return process
+        if time.monotonic() >= end:
+            end = math.inf
+            with suppress(ProcessLookupError): os.kill(process.pid, signal.SIGKILL)  # it may have ended just now
+        time.sleep(0.005)
+
+
 class Bench:
     "One case: its reference run, and runs that are killed."
     def __init__(self, data, folder, case: str):
@@ -58,12 +77,7 @@ class Bench:
 
     def child(self, name: str, die_at: int = 0, kill_after: float | None = None) -> multiprocessing.Process:
         "Start or go on with a run; kill it after some seconds if asked to. Returns the dead process."
-        child = self.context.Process(target=train, args=(self.data, str(self.folder / name), self.values, die_at))
-        child.start()
-        child.join(kill_after)
-        if child.is_alive(): os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        return child
+        return lived(self.context.Process(target=train, args=(self.data, str(self.folder / name), self.values, die_at)), kill_after)
 
     def outcome(self, name: str) -> dict[str, str]:
         "Hashes of all that must be the same to the byte."
