@@ -19,6 +19,8 @@ from proj.index import Index
 from proj.models.dual import DualEncoder
 from proj.search import build, open_encoder, refresh, search
 
+from kills import lived
+
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa nu mu".split()
 
 
@@ -178,8 +180,7 @@ def test_a_refresh_that_is_killed_at_any_write_leaves_an_index_that_can_be_used(
 
     def run(name, step):
         shutil.copytree(tmp_path / "index", tmp_path / name / "index")
-        child = context.Process(target=refresh_and_die, args=(str(tree), str(tmp_path / name / "index"), str(tmp_path / name / "cache"), step))
-        child.start(), child.join()
+        child = lived(context.Process(target=refresh_and_die, args=(str(tree), str(tmp_path / name / "index"), str(tmp_path / name / "cache"), step)))
         return child.exitcode, tmp_path / name / "index"
 
     code, whole = run("whole", 0)
