@@ -32,7 +32,7 @@ train: setup  ## train with LOSS, evaluate, write the report: make train LOSS=mn
 
 test: setup  ## run every numbered notebook, then tests/
 	$(VENV)/bin/nbdev-test nbs --file-re '^[0-9]'
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## look for errors in the Python files
 	$(VENV)/bin/ruff check .

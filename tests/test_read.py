@@ -407,7 +407,7 @@ def test_nothing_rejected_is_an_empty_file(tmp_path):
 
 
 @pytest.mark.parametrize("name,content", [("rows.jsonl", b'{"query": ""}\n' * 3), ("rows.jsonl.gz", gzip.compress(GOOD * 100)[:-20]), ("rows.csv", SHEET),
-                                          ("rows.csv", VALID + b'"' + b"open\n" * 20_000)])
+                                          ("rows.csv", VALID + b'"' + b"open\n" * 20_000)], ids=["empty queries", "cut gzip", "no row", "open quote"])
 def test_structure_is_never_skipped(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
