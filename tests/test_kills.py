@@ -31,6 +31,5 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(bench):
 
 def test_one_step_more_is_another_state(bench):
     "The comparison above would see a run that went on from the wrong step."
-    early, late = bench.folder / "whole" / "checkpoints", bench.folder / "whole" / "checkpoints"
-    late, early = checkpoints(late)[:2]
-    assert [sha256_file(early / name) != sha256_file(late / name) for name in LAST] == [True] * len(LAST)
+    late, early = checkpoints(bench.folder / "whole" / "checkpoints")[:2]
+    assert [name for name in LAST if sha256_file(early / name) == sha256_file(late / name)] in ([], ["validation.json"])  # ranks may stay as they are
