@@ -17,7 +17,7 @@ from .models.dual import DualEncoder
 from .models.encoder import load_encoder
 from .models.lexical import BM25
 from .run import Run
-from .train import load_parts, origin
+from .start import load_parts, origin
 
 # %% ../nbs/62_use.ipynb #2b872d83
 def load_model(
