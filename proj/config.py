@@ -123,6 +123,7 @@ class TrainConfig(Spec):
     precision: Precision = Field("auto", description="auto is bf16 where the hardware has it")
     device: Device = Field("auto", description="auto is the GPU where there is one; CUDA_VISIBLE_DEVICES chooses among several")
     seed: int = Field(0, ge=0, lt=2**32, description="of everything that is drawn")
+    data_seed: int | None = Field(None, ge=0, lt=2**32, description="of cutting and drawing the data, where several seeds are to share them; seed when not given")
     eval_every: int | None = Field(None, ge=1, description="steps between two evaluations; eight a run when not given")
     retriever: str = Field("minilm", description="cross: the first stage, whose best documents are reranked: bm25, minilm, static, a run or model folder")
     depth: int = Field(50, ge=2, le=1000, description="cross: how many documents of the first stage are reranked")

@@ -16,7 +16,7 @@ from scipy.special import expit
 
 from .candidates import looked_up
 from .compare import Summary, figure_text, summarise
-from .core import ConfigError, atomic, log
+from .core import ConfigError, DataError, atomic, log
 from .data.store import Store
 from .evaluate import EncodedPool, Evaluation
 from .metrics import compute
@@ -63,6 +63,14 @@ class LexicalPool:
         "doc_id and text of every document, as Parquet."
         import pyarrow as pa, pyarrow.parquet as pq
         with atomic(path, "wb") as f: pq.write_table(pa.table({"doc_id": self.ids, "text": self.texts}), f)
+
+    @classmethod
+    def load(cls, path) -> "LexicalPool":
+        "A saved pool; a damaged file is named."
+        import pyarrow as pa, pyarrow.parquet as pq
+        try: table = pq.read_table(path, columns=["doc_id", "text"])
+        except (OSError, pa.ArrowException) as e: raise DataError(f"{path}: cannot be read as a pool; train again, or say which data to rank") from e
+        return cls(table["doc_id"].to_pylist(), table["text"].to_pylist())
 
 
 def over_pool(retriever, store: Store):
@@ -210,7 +218,9 @@ class Stages:
         self.depth = self.candidates.columns.shape[1]
         self.depths = [d for d in DEPTHS if d < self.depth] + [self.depth]
         self.grades, self.scores, self.seconds = oracle(self.candidates, store), {}, {}
-        self.evaluation.add("first_stage", Reordered(self.candidates, np.full(self.candidates.columns.shape, np.nan)))
+        first = Reordered(self.candidates, np.full(self.candidates.columns.shape, np.nan))
+        self.recall = compute(self.evaluation.ranks(first), [f"recall@{depth}" for depth in self.depths])
+        self.evaluation.add("first_stage", first)
         self._at_each_depth("oracle", lambda depth: self.candidates.within(depth, self.grades))
 
     def _at_each_depth(self, name: str, values):
@@ -257,7 +267,7 @@ def _humps(self: Stages, scores: np.ndarray) -> dict:
 # %% ../nbs/53_pipeline.ipynb #62515712
 class Sweep(list):
     "A row for each depth; prints itself as a table. The clock's part stands apart from the figures, which a replay repeats to the digit."
-    head = ("depth", "oracle", "reranked", "lift", "blended", "lift", "ms a query")
+    head = ("depth", "recall", "oracle", "reranked", "lift", "blended", "lift", "ms a query")
 
     def __init__(
         self,
@@ -269,7 +279,7 @@ class Sweep(list):
 
     def rows(self) -> list[tuple]:
         def lift(found): return f"{figure_text(found, '+')} p={found['p']:.4f}" if found else ""
-        return [(str(r["depth"]), f"{r['oracle']['value']:.3f}", figure_text(r["reranked"]), lift(r["lift"]), figure_text(r["blended"]) if r["blended"] else "",
+        return [(str(r["depth"]), f"{r['recall']['value']:.3f}", f"{r['oracle']['value']:.3f}", figure_text(r["reranked"]), lift(r["lift"]), figure_text(r["blended"]) if r["blended"] else "",
                  lift(r["blended_lift"]), f"{self.milliseconds[r['depth']]:.1f}" if r["depth"] in self.milliseconds else "") for r in self]
 
     def __repr__(self):
@@ -284,10 +294,11 @@ def sweep(self: Stages, name: str = "trained", metric: str = "ndcg@10") -> Sweep
     side, first = self.evaluation.beside, {metric: self.evaluation.values["first_stage"][metric]}
     systems = {"first_stage": first} | {key: {metric: values[metric]} for key, values in side.items() if key.split("@")[0] in (name, "blended", "oracle")}
     pairs = [(key, "first_stage") for key in systems if key != "first_stage"]
+    systems |= {key: {metric: values} for key, values in self.recall.items()}
     found = summarise(systems, self.evaluation.query_ids, pairs, seed=self.evaluation.seed)
     def figure(key): return found["systems"].get(key, {}).get(metric)
     def lift(key): return found["differences"].get(f"{key} - first_stage", {}).get(metric)
-    return Sweep((dict(depth=d, oracle=figure(f"oracle@{d}"), reranked=figure(f"{name}@{d}"), lift=lift(f"{name}@{d}"), blended=figure(f"blended@{d}"),
+    return Sweep((dict(depth=d, recall=figure(f"recall@{d}"), oracle=figure(f"oracle@{d}"), reranked=figure(f"{name}@{d}"), lift=lift(f"{name}@{d}"), blended=figure(f"blended@{d}"),
                       blended_lift=lift(f"blended@{d}")) for d in self.depths), self.milliseconds(name))
 
 
