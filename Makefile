@@ -1,4 +1,5 @@
-LOSS   ?= mnr
+TASK   ?= dual
+LOSS   ?= $(if $(filter cross,$(TASK)),softmax,mnr)
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
@@ -9,11 +10,11 @@ export JUPYTER_PREFER_ENV_PATH := 1
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint docs readme summary clean
+.PHONY: help setup train test lint docs readme summary reranked clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
-	@echo 'LOSS=$(LOSS)  VENV=$(VENV)  PYTHON=$(PYTHON)  ARGS="-p data FILE.jsonl -p max_steps 100" can be set behind the target.'
+	@echo 'TASK=$(TASK)  LOSS=$(LOSS)  VENV=$(VENV)  PYTHON=$(PYTHON)  ARGS="-p data FILE.jsonl -p max_steps 100" can be set behind the target.'
 
 setup: $(READY)  ## make the virtual environment; done again only when a requirement changes
 
@@ -22,12 +23,12 @@ $(READY): settings.ini constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt $(shell grep '^torch==' constraints.txt)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,offline]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,offline,qlora]'
 	@touch $@
 
-train: setup  ## train with LOSS, evaluate, write the report: make train LOSS=mnr
-	@out="runs/dual-$(LOSS)-$$(date -u +%Y%m%d-%H%M%S)" && mkdir -p "$$out" && set -x && \
-	papermill -k python3 --log-output --no-progress-bar nbs/train.ipynb "$$out/report.ipynb" -p loss $(LOSS) -p out "$$out" $(ARGS) && \
+train: setup  ## train with LOSS, evaluate, write the report: make train LOSS=mnr, or TASK=cross
+	@out="runs/$(TASK)-$(LOSS)-$$(date -u +%Y%m%d-%H%M%S)" && mkdir -p "$$out" && set -x && \
+	papermill -k python3 --log-output --no-progress-bar nbs/train.ipynb "$$out/report.ipynb" -p task $(TASK) -p loss $(LOSS) -p out "$$out" $(ARGS) && \
 	{ set +x; } 2>/dev/null && echo "The report: $$out/report.html"
 
 test: setup  ## run every numbered notebook, then tests/
@@ -50,6 +51,10 @@ readme: setup
 # the README's table: make summary RUN=runs/<a default run>
 summary: setup  ## keep the figures of RUN as nbs/results/default.json, for the README
 	$(VENV)/bin/python -c "import sys; from proj.core import write_json; from proj.report import Report; write_json('nbs/results/default.json', Report(sys.argv[1]).summary())" $(RUN)
+
+reranked: setup  ## keep the figures of RUNS of task cross as nbs/results/reranked.json, for the README
+	$(VENV)/bin/python -c "import sys; from proj.core import write_json; from proj.report import Report; \
+	write_json('nbs/results/reranked.json', [{**Report(r).summary(), **{k: Report(r).config[k] for k in ('data', 'retriever', 'depth', 'loss')}} for r in sys.argv[1:]])" $(RUNS)
 
 clean:  ## remove caches and builds; runs and the virtual environment stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis _proc _docs

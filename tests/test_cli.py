@@ -9,7 +9,7 @@ import papermill
 import pytest
 
 from proj.cli import VERBS, main
-from proj.config import CompareConfig, EvaluateConfig, MineConfig, Spec, TrainConfig
+from proj.config import BenchLossesConfig, CompareConfig, EvaluateConfig, MineConfig, Spec, TrainConfig
 from proj.core import read_json
 from proj.run import Run
 
@@ -34,7 +34,8 @@ def run_papermill(folder, *arguments):
 def flat(values, flag): return [part for name, value in values.items() for part in (flag, name, str(value))]
 
 
-@pytest.mark.parametrize("name, cls", [("train", TrainConfig), ("evaluate", EvaluateConfig), ("compare", CompareConfig), ("mine", MineConfig)])
+@pytest.mark.parametrize("name, cls", [("train", TrainConfig), ("evaluate", EvaluateConfig), ("compare", CompareConfig), ("mine", MineConfig),
+                                       ("bench_losses", BenchLossesConfig)])
 def test_a_notebook_declares_exactly_the_fields_of_its_config(name, cls):
     declared = papermill.inspect_notebook(str(NBS / f"{name}.ipynb"))
     assert list(declared) == list(cls.model_fields)

@@ -162,8 +162,8 @@ def check_legal(
     if shape := spec.fits(has): return shape
     missing = min((NEEDS[shape] - set(has) for shape in spec.shapes), key=len)
     fitting = [other.name for other in LOSSES[task].values() if other.fits(has)]
-    if missing == {"teacher_scores"}: fitting.append("make the scores with `proj mine --data DATA --negatives.cross_encoder RUN --out MINED` and train on MINED/train.jsonl")
     remedy = f"choose a loss that fits: {', '.join(fitting)}" if fitting else "give it judged pairs"
+    if missing == {"teacher_scores"}: remedy = f"make them with `proj mine --data DATA --negatives.cross_encoder RUN --out MINED`, then --data MINED/train.jsonl; or {remedy}"
     raise ConfigError(f"loss '{spec.name}' eats {' or '.join(spec.shapes)}, but the data has no {' and no '.join(sorted(missing))}; {remedy}")
 
 # %% ../../nbs/20_losses.contrast.ipynb #848412dd

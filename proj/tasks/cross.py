@@ -114,7 +114,7 @@ class CrossTraining(Training):
                            device=self.device, dropout=cfg.dropout, seed=cfg.seed)
         return CrossEncoder(model, precision=self.precision)
 
-    def fresh(self) -> list[str]: return [f"0.model.{name}" for name in self.encoder.model.fresh]
+    def fresh(self) -> list[str]: return self.encoder.model.fresh
     def load(self, folder, precision: str) -> CrossEncoder: return CrossEncoder.load(folder, precision=precision, device=self.device, max_length=self.cfg.max_length)
     def facts(self) -> dict: return super().facts() | dict(outputs=self.outputs, retriever=retriever_hash(self.retriever))
 
