@@ -45,13 +45,10 @@ def resample(
     paths = [np.asarray(path, float) for path in paths]
     if not paths: return np.zeros((0, length, 2))
     if not all(map(len, paths)): raise ConfigError(f"path {[len(p) for p in paths].index(0)} has no points; leave empty paths out")
-    axes = [position(path, by) for path in paths]
-    ends = np.array([axis[-1] for axis in axes])
-    start = np.concatenate([[0.0], np.cumsum(ends[:-1] + 1)])  # the gap is 1, of whatever unit the axis has
-    knots = np.concatenate(axes) + np.repeat(start, [len(axis) for axis in axes])
-    wanted = (start[:, None] + np.linspace(0, 1, length) * ends[:, None]).ravel()  # (paths * length,)
-    values = np.concatenate(paths)
-    found = np.stack([np.interp(wanted, knots, column) for column in values.T], 1).reshape(len(paths), length, -1)
+    share, found = np.linspace(0, 1, length), np.empty((len(paths), length, paths[0].shape[1]))
+    for path, target in zip(paths, found):
+        at = position(path, by)
+        for column in range(path.shape[1]): target[:, column] = np.interp(share * at[-1], at, path[:, column])
     found[:, 0], found[:, -1] = [path[0] for path in paths], [path[-1] for path in paths]
     return found
 
