@@ -113,7 +113,7 @@ class Pool:
         if word not in self.row: raise DataError(f"{word!r} is not in the lexicon{suggest(word, self.words)}; add it, or leave its paths out")
         return self.row[word]
 
-
+# %% ../nbs/27_confusions.ipynb #5e4aad91
 def build_pool(
     lexicon: Lexicon,
     keyboard: Keyboard,
@@ -134,7 +134,7 @@ def build_pool(
     np.bitwise_or.at(kind, where, bits)
     return _pool(words, group, *np.divmod(pair, len(words)), most, kind - 1)
 
-
+# %% ../nbs/27_confusions.ipynb #b0edf855
 def _hardest(i, j, hard, group, words, top):
     "The top pairs of each row, no twins; of equals those that come first in the alphabet."
     keep = group[i] != group[j]

@@ -10,6 +10,7 @@ __all__ = ['TOPS', 'LENGTHS', 'QUALITY', 'Decoder', 'word_metrics', 'places_of',
 import time
 
 import numpy as np
+from fastcore.basics import patch
 
 from .compare import Summary, mean_interval, summarise
 from .core import ConfigError, DataError, rng
@@ -46,20 +47,22 @@ class Decoder:
             row[top] = better
         return scores
 
-    def decode(
-        self,
-        path: np.ndarray,   # (n, 2 or 3), not empty
-        top_k: int = 5,
-    ) -> Ranking:
-        "The best words of a path."
-        path = np.asarray(path, float)
-        if path.ndim != 2 or not len(path) or path.shape[1] < 2 or not np.isfinite(path).all():
-            raise DataError(f"the path has the shape {path.shape}; expected (n, 3) finite numbers, n at least 1")
-        if top_k < 1: raise ConfigError(f"top_k is {top_k}; expected 1 or more")
-        title = f"path of {len(path)} points"
-        if self.reranker is None: (words, scores), = best_words(self.index, [path], top_k)
-        else: words, scores = self.index.lexicon.words, self.scores([path])[0]
-        return make_ranking(title, {word: word for word in words}, scores, top_k)
+# %% ../nbs/57_decoding.ipynb #80b78aa0
+@patch
+def decode(
+    self: Decoder,
+    path: np.ndarray,   # (n, 2 or 3), not empty
+    top_k: int = 5,
+) -> Ranking:
+    "The best words of a path."
+    path = np.asarray(path, float)
+    if path.ndim != 2 or not len(path) or path.shape[1] < 2 or not np.isfinite(path).all():
+        raise DataError(f"the path has the shape {path.shape}; expected (n, 3) finite numbers, n at least 1")
+    if top_k < 1: raise ConfigError(f"top_k is {top_k}; expected 1 or more")
+    title = f"path of {len(path)} points"
+    if self.reranker is None: (words, scores), = best_words(self.index, [path], top_k)
+    else: words, scores = self.index.lexicon.words, self.scores([path])[0]
+    return make_ranking(title, {word: word for word in words}, scores, top_k)
 
 # %% ../nbs/57_decoding.ipynb #c3129b45
 TOPS = (1, 3, 4, 5)

@@ -159,6 +159,18 @@ def test_damaged_folders_are_refused(scorer, tmp_path):
     with pytest.raises(ConfigError, match="the model's channels is 3, the processor's 6"): SwipeScorer(scorer.model, SwipeProcessor(6, 64, 12))
 
 
+def test_a_head_that_was_not_saved_is_not_made_up(processor, tmp_path):
+    for part in (SwipeForPreTraining(small(processor)), processor): part.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="the weights lack head.0.bias and 5 more"): SwipeScorer.load(tmp_path)
+
+
+def test_a_model_is_replaced_but_nothing_else(scorer, tmp_path):
+    for _ in range(2): scorer.save(tmp_path / "m")
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files"): scorer.save(tmp_path / "m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
 def test_exactly_these_are_frozen(processor):
     model = SwipeCrossEncoder(small(processor))
     def trained(): return {name for name, p in model.named_parameters() if p.requires_grad}

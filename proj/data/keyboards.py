@@ -129,7 +129,7 @@ def read_keyboard(
         if not (_number(value) and value > 0): raise DataError(f"{path}: {name}: expected a number above 0, got {value!r:.60}")
     return Keyboard(path.stem, "".join(keys), np.array(list(keys.values()), float), **size)
 
-
+# %% ../../nbs/06_data.keyboards.ipynb #cdc62e76
 def write_keyboard(path, keyboard: Keyboard):
     "The file that `read_keyboard` reads."
     keys = {key: [round(v, 6) for v in place] for key, place in zip(keyboard.keys, keyboard.centres.tolist())}

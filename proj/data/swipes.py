@@ -102,7 +102,7 @@ def as_swipe(
         path[:, 1] *= row["canvas_height"] / row["canvas_width"]
     return Swipe(word, path)
 
-
+# %% ../../nbs/16_data.swipes.ipynb #b806e80c
 def swipe_rows(
     path,                       # JSONL or Parquet
     keyboard="qwerty",          # a Keyboard, a layout's name, or a file
@@ -179,7 +179,7 @@ class Lexicon:
         if len(keep) < len(self): log.info("%d of %d words of the lexicon cannot be swiped on %s", len(self) - len(keep), len(self), keyboard.name)
         return Lexicon([self.words[at] for at in keep], self.zipf[keep])
 
-
+# %% ../../nbs/16_data.swipes.ipynb #d7f6f5ce
 def read_lexicon(
     path,  # TSV or CSV with a header, JSONL or Parquet: word, zipf
     **kw,  # skip_bad, rejects

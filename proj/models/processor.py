@@ -103,7 +103,7 @@ def one_view(
     values = batch["path_values"].masked_fill((~path_mask | hidden_points)[..., None], 0)
     return dict(path_values=values, path_mask=path_mask, input_ids=ids, word_mask=word_mask, hidden_points=hidden_points, hidden_symbols=hidden_symbols)
 
-
+# %% ../../nbs/28_models.processor.ipynb #f2f47448
 def _hide(mask: torch.Tensor, shares, how, draw) -> torch.Tensor:
     "(b, n) what is hidden of the leading positions that the mask has."
     hidden = np.zeros(tuple(mask.shape), bool)

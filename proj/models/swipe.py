@@ -7,12 +7,14 @@ __all__ = ['SIZES', 'WRAPPINGS', 'SwipeConfig', 'swipe_config', 'SwipeEmbeddings
            'SwipeGuesses', 'SwipeForPreTraining', 'SwipeCrossEncoder', 'Loaded', 'load_base', 'cropped', 'SwipeScorer']
 
 # %% ../../nbs/35_models.swipe.ipynb #ada2a8a0
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 from transformers import (AutoConfig, AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification, AutoProcessor, PreTrainedConfig,
                           PreTrainedModel)
@@ -20,8 +22,8 @@ from transformers.utils import ModelOutput
 
 from ..core import ConfigError, DataError, disk_error, named, pick_device, pick_precision
 from ..data.swipes import CLS, MASK, PAD, SEP, SYMBOLS
-from ..manifest import write_manifest
-from .dual import Ranking, make_ranking
+from ..manifest import replace_folder, write_manifest
+from .dual import Ranking, free_for_model, make_ranking
 from .processor import SwipeProcessor
 from .safe import check_folder
 
@@ -197,7 +199,7 @@ def _bare(name: str) -> str:
     while wrapping := next((w for w in WRAPPINGS if name.startswith(w)), None): name = name.removeprefix(wrapping)
     return name
 
-
+# %% ../../nbs/35_models.swipe.ipynb #5e358d9d
 def load_base(
     model: SwipePreTrained,  # a model with or without heads; its base is written to
     source,                  # folder, safetensors file, or state dict
@@ -225,7 +227,7 @@ def cropped(batch: dict) -> dict:
     points, symbols = (max(1, int(batch[mask].any(0).sum())) for mask in ("path_mask", "word_mask"))
     return {name: value[:, :symbols if name in ("input_ids", "word_mask") else points] for name, value in batch.items()}
 
-
+# %% ../../nbs/35_models.swipe.ipynb #92ac61d8
 class SwipeScorer:
     "A cross-encoder with its processor."
     def __init__(
@@ -256,44 +258,65 @@ class SwipeScorer:
             parts.append(getattr(found, "pooler_output", found).float().cpu().numpy())
         return np.concatenate(parts)
 
-    def batch_predict(self, paths, words) -> np.ndarray:  # (n,)
-        "Scores of pairs."
-        if len(paths) != len(words): raise DataError(f"{len(paths)} paths but {len(words)} words; pass one word for each path")
-        return self._run(self.model, paths, words) if len(paths) else np.zeros(0, np.float32)
+# %% ../../nbs/35_models.swipe.ipynb #ee6d099b
+@patch
+def batch_predict(self: SwipeScorer, paths, words) -> np.ndarray:  # (n,)
+    "Scores of pairs."
+    if len(paths) != len(words): raise DataError(f"{len(paths)} paths but {len(words)} words; pass one word for each path")
+    return self._run(self.model, paths, words) if len(paths) else np.zeros(0, np.float32)
 
-    def predict(self, path, words):
-        "The score of a path and a word; an array where either is a list, the other one repeated."
-        one_path, one_word = isinstance(path, np.ndarray) and path.ndim == 2, isinstance(words, str)
-        paths, words = [path] if one_path else list(path), [words] if one_word else list(words)
-        if one_path: paths = paths * len(words)
-        if one_word: words = words * len(paths)
-        scores = self.batch_predict(paths, words)
-        return float(scores[0]) if one_path and one_word else scores
 
-    def score(self, paths, words) -> np.ndarray:  # (paths, words)
-        "Every path with every word."
-        return np.stack([self.predict(path, words) for path in paths]) if len(paths) else np.zeros((0, len(words)), np.float32)
+@patch
+def predict(self: SwipeScorer, path, words):
+    "The score of a path and a word; an array where either is a list, the other one repeated."
+    one_path, one_word = isinstance(path, np.ndarray) and path.ndim == 2, isinstance(words, str)
+    paths, words = [path] if one_path else list(path), [words] if one_word else list(words)
+    if one_path: paths = paths * len(words)
+    if one_word: words = words * len(paths)
+    scores = self.batch_predict(paths, words)
+    return float(scores[0]) if one_path and one_word else scores
 
-    def rank(self, path: np.ndarray, words, top_k: int | None = None) -> Ranking:
-        "Words by their score."
-        return make_ranking(f"path of {len(path)} points", {word: word for word in words}, self.predict(path, list(words)), top_k)
 
-    def encode(self, paths, words) -> np.ndarray:  # (n, d)
-        "Vectors of pairs, at SEP."
-        if len(paths) != len(words): raise DataError(f"{len(paths)} paths but {len(words)} words; pass one word for each path")
-        return self._run(self.model.base, paths, words)
+@patch
+def score(self: SwipeScorer, paths, words) -> np.ndarray:  # (paths, words)
+    "Every path with every word."
+    return np.stack([self.predict(path, words) for path in paths]) if len(paths) else np.zeros((0, len(words)), np.float32)
 
-    def save(self, folder):
-        "Model, processor and a manifest, as `load` reads them."
-        try:
-            for part in (self.model, self.processor): part.save_pretrained(str(folder))
-            write_manifest(folder)
-        except OSError as e: raise disk_error(folder, e) from e
 
-    @classmethod
-    def load(cls, folder, **kw) -> "SwipeScorer":
-        "A scorer from its folder, which is checked first."
-        path = Path(folder)
-        if not (path / "config.json").is_file(): raise DataError(f"{folder}: no config.json; expected a folder that a swipe model was saved to")
-        check_folder(path)
-        return cls(SwipeCrossEncoder.from_pretrained(str(path), local_files_only=True), SwipeProcessor.from_pretrained(str(path), local_files_only=True), **kw)
+@patch
+def rank(self: SwipeScorer, path: np.ndarray, words, top_k: int | None = None) -> Ranking:
+    "Words by their score."
+    return make_ranking(f"path of {len(path)} points", {word: word for word in words}, self.predict(path, list(words)), top_k)
+
+
+@patch
+def encode(self: SwipeScorer, paths, words) -> np.ndarray:  # (n, d)
+    "Vectors of pairs, at SEP."
+    if len(paths) != len(words): raise DataError(f"{len(paths)} paths but {len(words)} words; pass one word for each path")
+    return self._run(self.model.base, paths, words)
+
+# %% ../../nbs/35_models.swipe.ipynb #dfb1d357
+@patch
+def save(self: SwipeScorer, folder):
+    "Model, processor and manifest in a folder of their own; a model that is there is replaced when the new one is complete."
+    target = free_for_model(folder)
+    new = target.with_name(f".{target.name}.part")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        for part in (self.model, self.processor): part.save_pretrained(str(new))
+        write_manifest(new)
+        replace_folder(new, target)
+    except OSError as e: raise disk_error(folder, e) from e
+    finally: shutil.rmtree(new, ignore_errors=True)
+
+
+@patch(cls_method=True)
+def load(cls: SwipeScorer, folder, **kw) -> "SwipeScorer":
+    "A scorer from its folder, which is checked first."
+    path = Path(folder)
+    if not (path / "config.json").is_file(): raise DataError(f"{folder}: no config.json; expected a folder that a swipe model was saved to")
+    check_folder(path)
+    model, found = SwipeCrossEncoder.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
+    if lacking := sorted(found["missing_keys"]):  # they would be filled with random numbers
+        raise DataError(f"{folder}: the weights lack {lacking[0]} and {len(lacking) - 1} more; pass a cross-encoder, or load its base with load_base and train the head")
+    return cls(model, SwipeProcessor.from_pretrained(str(path), local_files_only=True), **kw)
