@@ -85,7 +85,7 @@ def test_decoders_on_different_lexicons_are_not_compared(swipes):
 
 def test_a_reranker_orders_the_depth_and_nothing_else(swipes):
     class Backwards:
-        def predict(self, path, words): return np.arange(len(words), dtype=float)
+        def predict(self, path, words): return np.arange(len(words)) - 100.0
     index, paths = TemplateIndex(LEXICON, QWERTY, weight=.01), [s.path for s in swipes[:5]]
     plain, turned = index.scores(paths), Decoder(index, Backwards(), depth=4, blend=10).scores(paths)
     for a, b in zip(plain, turned):
