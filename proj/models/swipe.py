@@ -24,6 +24,7 @@ from ..core import ConfigError, DataError, disk_error, named, pick_device, pick_
 from ..data.swipes import CLS, MASK, PAD, SEP, SYMBOLS
 from ..manifest import replace_folder, write_manifest
 from .dual import Ranking, free_for_model, make_ranking
+from .encoder import quiet
 from .processor import SwipeProcessor
 from .safe import check_folder
 
@@ -316,7 +317,7 @@ def load(cls: SwipeScorer, folder, **kw) -> "SwipeScorer":
     path = Path(folder)
     if not (path / "config.json").is_file(): raise DataError(f"{folder}: no config.json; expected a folder that a swipe model was saved to")
     check_folder(path)
-    model, found = SwipeCrossEncoder.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
+    with quiet(): model, found = SwipeCrossEncoder.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
     if lacking := sorted(found["missing_keys"]):  # they would be filled with random numbers
         raise DataError(f"{folder}: the weights lack {lacking[0]} and {len(lacking) - 1} more; pass a cross-encoder, or load its base with load_base and train the head")
     return cls(model, SwipeProcessor.from_pretrained(str(path), local_files_only=True), **kw)
