@@ -1,4 +1,5 @@
 "The swipe models: parameters, a second implementation of the forward pass, padding, losses, saving and loading."
+import json
 import subprocess
 import sys
 
@@ -9,13 +10,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proj.core import ConfigError, DataError, rng
+from proj.core import ConfigError, DataError, ProjError, rng
 from proj.data.keyboards import layout
 from proj.data.strokes import Hand, synthetic_swipes
-from proj.data.swipes import CLS, EOS, MASK, SEP
+from proj.data.swipes import CLS, EOS, MASK, SEP, Lexicon
+from proj.decoding import Decoder
 from proj.losses.swipe import SwipeLoss
 from proj.models.processor import SwipeProcessor, group_batch, hide_blocks, two_views
 from proj.models.swipe import SwipeCrossEncoder, SwipeForPreTraining, SwipeModel, SwipeScorer, cropped, load_base, swipe_config
+from proj.templates import TemplateIndex
 
 WORDS = ["to", "hello", "world", "swipe"]
 PATHS = [s.path for s in synthetic_swipes(layout(), WORDS, Hand(pace=3))]
@@ -157,6 +160,27 @@ def test_damaged_folders_are_refused(scorer, tmp_path):
     with pytest.raises(DataError, match="model.safetensors"): SwipeScorer.load(tmp_path / "m")
     with pytest.raises(DataError, match="no config.json"): SwipeScorer.load(tmp_path)
     with pytest.raises(ConfigError, match="the model's channels is 3, the processor's 6"): SwipeScorer(scorer.model, SwipeProcessor(6, 64, 12))
+
+
+@pytest.mark.parametrize("change", [{"channels": "three"}, {"hidden_size": 33}, {"path_length": -4}, {"model_type": "bert"}, {"num_hidden_layers": 3}, None])
+def test_foreign_folders_are_one_error(scorer, tmp_path, change):
+    scorer.save(tmp_path / "m")
+    (tmp_path / "m" / "COMMIT.json").unlink()
+    for file in (tmp_path / "m").glob("*.json"):
+        if change is None and file.name == "processor_config.json": file.unlink()
+        if change and file.name == "config.json": file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ProjError) as e: SwipeScorer.load(tmp_path / "m", device="cpu")
+    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+
+
+def test_the_decoder_takes_the_model_as_its_reranker(scorer):
+    index = TemplateIndex(Lexicon([*WORDS, "too", "help", "word", "sweep"]), layout(), weight=.01)
+    decoder, plain = Decoder(index, scorer, depth=3, blend=.1), Decoder(index)
+    for path in PATHS:
+        three, ranking = plain.decode(path, 3), decoder.decode(path, 8)
+        expected = {word: score + .1 * scorer.predict(path, word) for word, score in zip(three.ids, three.scores)}
+        assert ranking.ids[:3] == sorted(expected, key=expected.get, reverse=True) and np.allclose(ranking.scores[:3], sorted(expected.values(), reverse=True), atol=1e-5)
+        assert ranking.ids[3:] == plain.decode(path, 8).ids[3:]
 
 
 def test_a_head_that_was_not_saved_is_not_made_up(processor, tmp_path):

@@ -20,7 +20,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForPreTraining, AutoMo
                           PreTrainedModel)
 from transformers.utils import ModelOutput
 
-from ..core import ConfigError, DataError, disk_error, named, pick_device, pick_precision
+from ..core import ConfigError, DataError, ProjError, disk_error, named, pick_device, pick_precision, read_json
 from ..data.swipes import CLS, MASK, PAD, SEP, SYMBOLS
 from ..manifest import replace_folder, write_manifest
 from .dual import Ranking, free_for_model, make_ranking
@@ -315,9 +315,16 @@ def save(self: SwipeScorer, folder):
 def load(cls: SwipeScorer, folder, **kw) -> "SwipeScorer":
     "A scorer from its folder, which is checked first."
     path = Path(folder)
-    if not (path / "config.json").is_file(): raise DataError(f"{folder}: no config.json; expected a folder that a swipe model was saved to")
-    check_folder(path)
-    with quiet(): model, found = SwipeCrossEncoder.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
+    for name in ("config.json", "processor_config.json", "model.safetensors"):
+        if not (path / name).is_file(): raise DataError(f"{folder}: no {name}; expected a folder that SwipeScorer.save wrote")
+    try:
+        check_folder(path)
+        if (kind := read_json(path / "config.json").get("model_type")) != "swipe": raise DataError(f"{folder}/config.json: model_type is {kind!r}; expected swipe")
+        with quiet(): model, found = SwipeCrossEncoder.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
+        processor = SwipeProcessor.from_pretrained(str(path), local_files_only=True)
+    except ProjError: raise
+    except Exception as e:  # whatever a foreign file provokes in the library that reads it
+        raise DataError(f"{folder}: cannot be loaded as a swipe model ({type(e).__name__}: {' '.join(str(e).split())[:200]}); expected a folder that SwipeScorer.save wrote") from e
     if lacking := sorted(found["missing_keys"]):  # they would be filled with random numbers
         raise DataError(f"{folder}: the weights lack {lacking[0]} and {len(lacking) - 1} more; pass a cross-encoder, or load its base with load_base and train the head")
-    return cls(model, SwipeProcessor.from_pretrained(str(path), local_files_only=True), **kw)
+    return cls(model, processor, **kw)
