@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 _public = dict(
     ProjError="core", DataError="core", ConfigError="core", MachineError="core", GateError="core", show_log="core",
     TrainConfig="config", EvaluateConfig="config", Run="run", Store="data.store", load_data="data.sources",
-    DualEncoder="models.dual", BM25="models.lexical", Evaluation="evaluate", Report="report", Training="train", fit="train",
+    DualEncoder="models.dual", CrossEncoder="models.cross", Pipeline="pipeline", BM25="models.lexical", Evaluation="evaluate", Report="report", Training="train", fit="train",
 )
 __all__ = list(_public)
 

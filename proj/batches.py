@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['length_batches', 'fill', 'padding_share', 'same_number', 'LengthBatches', 'text_columns', 'column_keys',
-           'column_lengths']
+           'column_lengths', 'token_counts']
 
 # %% ../nbs/44_batches.ipynb #518bb218
 from collections import deque
@@ -123,10 +123,14 @@ def column_lengths(
     max_length: int,           # tokens kept of a text
 ) -> np.ndarray:               # (n, columns) tokens
     "Tokens of each text after truncation."
-    return np.stack([np.minimum(_token_counts(columns[name], tokenizer), max_length) for name in text_columns(columns)], axis=1)
+    return np.stack([np.minimum(token_counts(columns[name], tokenizer), max_length) for name in text_columns(columns)], axis=1)
 
 
-def _token_counts(texts, tokenizer):
+def token_counts(
+    texts: list[str],
+    tokenizer,         # a fast tokenizer, or anything with .encode_batch
+) -> np.ndarray:       # (n,) tokens, special ones included
+    "Tokens of each text; equal texts are looked at once."
     distinct = list(dict.fromkeys(texts))
     if hasattr(tokenizer, "encode_batch"): counts = [len(e.ids) for e in tokenizer.encode_batch(distinct)]
     else: counts = [len(ids) for ids in tokenizer(distinct)["input_ids"]]

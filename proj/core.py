@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WRITES', 'log', 'ProjError', 'DataError', 'ConfigError', 'MachineError', 'GateError', 'suggest', 'named', 'rng',
            'seed_everything', 'pick_device', 'pick_precision', 'sha256_file', 'sha256_json', 'sha256_weights',
-           'disk_error', 'write_step', 'atomic', 'write_json', 'read_json', 'progress', 'leader', 'show_log',
-           'library_versions']
+           'disk_error', 'write_step', 'atomic', 'write_json', 'read_json', 'progress', 'leader', 'processes',
+           'show_log', 'library_versions']
 
 # %% ../nbs/00_core.ipynb #922cce21
 import difflib, errno, hashlib, json, logging, os, signal, sys, tempfile
@@ -207,13 +207,18 @@ def leader() -> bool:
     "Whether this process writes: true but for the helpers that `torchrun` starts beside it."
     return os.environ.get("RANK", "0") == "0"
 
+
+def processes() -> int:
+    "How many processes train together; `torchrun` says."
+    return int(os.environ.get("WORLD_SIZE", 1))
+
 # %% ../nbs/00_core.ipynb #a3f0722b
 def show_log(level: str = "INFO"):
     "Print what `proj` logs, one plain line each; other libraries only when something is wrong."
     if not any(isinstance(h, logging.StreamHandler) for h in log.handlers): log.addHandler(logging.StreamHandler(_out()))
     log.setLevel(level if leader() else "ERROR")
     log.propagate = False
-    for name in ("sentence_transformers", "transformers", "datasets", "httpx"): logging.getLogger(name).setLevel("ERROR")
+    for name in ("sentence_transformers", "transformers", "datasets", "httpx", "bitsandbytes"): logging.getLogger(name).setLevel("ERROR")
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"): os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if "transformers" in sys.modules:  # it has read the variables already

@@ -32,6 +32,7 @@ class Evaluation:
         self.query_ids = store.queries["query_id"].to_pylist()
         self.exclude = self._own_documents() if exclude_self else None
         self.values, self.details = {}, {}
+        self.beside, self.facts = {}, {}  # systems that are in the ledger only; what else belongs into metrics.json
 
     def _own_documents(self):
         column = {doc_id: i for i, doc_id in enumerate(self.store.documents["doc_id"].to_pylist())}
@@ -100,8 +101,9 @@ class Details:
 # %% ../nbs/52_evaluate.ipynb #f9c067f5
 @patch
 def pairs(self: Evaluation) -> list[tuple[str, str]]:
-    "Which systems are compared: the trained one with each other one, and the encoder before training with BM25."
-    wanted = [("trained", name) for name in self.values if name != "trained"] + [("zero_shot", "bm25")]
+    "Which systems are compared: the trained one with each other one, what needs no training with BM25, the blend with the first stage."
+    wanted = [("trained", name) for name in self.values if name not in ("trained", "oracle", "blended")]
+    wanted += [("blended", "first_stage"), ("blended", "trained"), ("zero_shot", "bm25"), ("first_stage", "bm25")]
     return [(a, b) for a, b in wanted if a in self.values and b in self.values]
 
 
@@ -109,14 +111,15 @@ def pairs(self: Evaluation) -> list[tuple[str, str]]:
 def metrics(self: Evaluation) -> Summary:
     "The content of metrics.json; prints itself as a table."
     found = summarise(self.values, self.query_ids, self.pairs(), seed=self.seed)
-    return Summary(data=self.data, split=self.split, pool=len(self.store.documents), exclude_self=self.exclude is not None, **found)
+    return Summary(data=self.data, split=self.split, pool=len(self.store.documents), exclude_self=self.exclude is not None, **self.facts, **found)
 
 
 @patch
 def book(self: Evaluation, *systems: str):
     "The ledger of some systems, or of all: query_id, metric, value, system."
     import pyarrow as pa
-    return pa.concat_tables([ledger(self.query_ids, self.values[name], system=name) for name in systems or self.values])
+    values = self.values | self.beside
+    return pa.concat_tables([ledger(self.query_ids, values[name], system=name) for name in systems or values])
 
 
 @patch

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 
-from .candidates import AT_RANDOM, CODE, REASONS, SOURCES, Dense, Guard, Looked, cross_scores, listed, load_cross_encoder, looked_up, united
+from .candidates import AT_RANDOM, CODE, REASONS, SOURCES, Dense, Guard, Looked, listed, looked_up, united
 from .config import NegativesSpec
-from .core import ConfigError, DataError, atomic, rng, sha256_weights
+from .core import ConfigError, DataError, atomic, rng
 from .data.store import Store
+from .models.cross import CrossEncoder
 from .models.lexical import BM25
 
 # %% ../nbs/41_mine.ipynb #76362033
@@ -167,7 +168,7 @@ class Miner:
         seed: int = 0,
         cross_encoder=None,   # a CrossEncoder; by default the one that the spec names
     ):
-        if spec.candidates == "none": raise ConfigError("negatives.candidates is none, so nothing is mined; choose dense, bm25 or union")
+        if spec.candidates in ("none", "auto"): raise ConfigError(f"negatives.candidates is {spec.candidates}, so nothing is mined; choose dense, bm25 or union")
         self.spec, self.seed, given = spec, seed, store.without("mined:")
         self.order = np.argsort(np.array(given.documents["doc_id"].to_pylist(), object), kind="stable")  # ties are broken by id
         self.store = Store(given.queries, given.documents.take(self.order), given.judgements)
@@ -175,7 +176,7 @@ class Miner:
         judged = self.store.query_rows.astype(np.int64) * self.m + self.store.document_rows
         self.judged, self.positive = np.unique(judged), np.unique(judged[self.store.grades > 0])
         self.random = np.arange(self.n) * self.m + rng(seed, "documents at random").integers(0, self.m, self.n)
-        self.cross_encoder = load_cross_encoder(spec.cross_encoder) if cross_encoder is None and spec.cross_encoder else cross_encoder
+        self.cross_encoder = CrossEncoder.load(spec.cross_encoder, precision="fp32") if cross_encoder is None and spec.cross_encoder else cross_encoder
         self.lexical = self._proposed(self._lexical_blocks(), 2) if spec.candidates != "dense" else None
 
     def _lexical_blocks(self) -> Iterator[tuple]:
@@ -232,8 +233,8 @@ def _scored(self: Miner, encoder, vectors, cache) -> tuple[Looked, str, str]:
     wanted = (looked.code == 0) & (looked.rank >= self.spec.rank_min) | np.isin(looked.key(self.m), self.judged) | (looked.source & AT_RANDOM > 0)
     queries, documents = self.store.query_texts, self.store.document_texts
     score = np.full(len(wanted), np.nan, np.float32)
-    score[wanted] = cross_scores(self.cross_encoder, [(queries[q], documents[d]) for q, d in zip(looked.row[wanted], looked.column[wanted])])
-    return looked._replace(score=score), "cross-encoder", sha256_weights(self.cross_encoder)
+    score[wanted] = self.cross_encoder.score_pairs([(queries[q], documents[d]) for q, d in zip(looked.row[wanted], looked.column[wanted])], desc="cross-encoder")
+    return looked._replace(score=score), "cross-encoder", self.cross_encoder.weights_hash()
 
 # %% ../nbs/41_mine.ipynb #02772fd2
 @patch

@@ -25,21 +25,24 @@ from .run import utc_name
 
 # %% ../nbs/58_mining.ipynb #5387b2ab
 def write_rows(path, store: Store):
-    "One line for each positive: query, positive, grade, negatives, and the group where there is one."
+    "One line for each positive: query, positive, grade, negatives, a teacher's scores and the group where there are any."
     groups, negatives = store.queries["group"].to_pylist(), {}
-    for q, d, grade in zip(store.query_rows, store.document_rows, store.grades):
-        if grade == 0: negatives.setdefault(q, []).append(store.document_texts[d])
+    judged = list(zip(store.query_rows, store.document_rows, store.grades, store.judgements["teacher_score"].to_pylist()))
+    for q, d, grade, score in judged:
+        if grade == 0: negatives.setdefault(q, []).append((store.document_texts[d], score))
     with atomic(path) as f:
-        for q, d, grade in zip(store.query_rows, store.document_rows, store.grades):
+        for q, d, grade, score in judged:
             if grade <= 0: continue
-            row = dict(query=store.query_texts[q], positive=store.document_texts[d], grade=grade, negatives=negatives.get(q, []))
+            texts, scores = map(list, zip(*negatives.get(q, [])) if q in negatives else ([], []))
+            row = dict(query=store.query_texts[q], positive=store.document_texts[d], grade=grade, negatives=texts)
+            if score is not None and None not in scores: row |= dict(score=score, negative_scores=scores)
             f.write(json.dumps(row | ({store.group_column: groups[q]} if store.group_column else {}), ensure_ascii=False) + "\n")
 
 # %% ../nbs/58_mining.ipynb #f46fe5b4
 class Mining:
     "One round of mining: what it loads, looks at and writes."
     def __init__(self, cfg: MineConfig):
-        none = cfg.negatives.candidates == "none"
+        none = cfg.negatives.candidates in ("none", "auto")
         self.cfg, self.spec = cfg, cfg.negatives.model_copy(update=dict(candidates="dense")) if none else cfg.negatives
         self.out = Path(cfg.out or f"runs/mine-{utc_name()}")
         if (self.out / "run.json").exists(): raise ConfigError(f"out '{self.out}' holds a training run; choose another folder")

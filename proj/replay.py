@@ -14,7 +14,8 @@ from .core import DataError, GateError, library_versions, log, read_json
 from .manifest import accept, committed, faults, read_manifest
 from .report import Page, rows_page
 from .run import Run, history, utc_name
-from .train import Training, same_start
+from .start import same_start
+from .train import training
 
 # %% ../nbs/63_replay.ipynb #007c8ec6
 def flat(
@@ -83,10 +84,10 @@ def replay(
         log.warning("other versions than the run was made with, figures may differ: %s", ", ".join(f"{path} {a} -> {b}" for _, path, a, b in other))
     torch.set_num_threads(facts["threads"])
     cfg = make(TrainConfig, facts["config"] | dict(out=str(out), resume=None, precision=facts["precision"]))
-    training = Training(cfg, command=f"proj replay {run}")
-    same_start(facts, training.facts(), run)
-    training.baselines(), training.train(), training.evaluate()
-    return compared(was, training.report(), tolerance)
+    begun = training(cfg, command=f"proj replay {run}")
+    same_start(facts, begun.facts(), run)
+    begun.baselines(), begun.train(), begun.evaluate()
+    return compared(was, begun.report(), tolerance)
 
 
 def compared(was: Run, now: Run, tolerance: float = 0.0) -> Page:

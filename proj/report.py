@@ -14,7 +14,8 @@ from fastcore.basics import patch
 
 from .compare import Summary
 from .core import atomic, read_json
-from .plot import learning_curve, results_plot, score_humps
+from .pipeline import Sweep
+from .plot import depth_plot, learning_curve, results_plot, score_humps
 from .run import Run, history, save_figure
 
 # %% ../nbs/54_report.ipynb #1a1b41e5
@@ -57,8 +58,8 @@ class Report:
 
     @property
     def before(self) -> str:
-        "What the encoder before this run's training is called: a second stage begins with the first one's weights."
-        return "start" if "start" in self.metrics["systems"] else "zero_shot"
+        "What the trained model is held against: the model before training, which in a second stage begins with the first one's weights; for a reranker the first stage."
+        return next(name for name in ("first_stage", "start", "zero_shot") if name in self.metrics["systems"])
 
     def what(self) -> Page:
         "What was trained on what."
@@ -69,13 +70,22 @@ class Report:
                 ("data", f"{data['name']} ({sizes})"), ("device", f"{f['device']}, {f['precision']}, {f['threads']} threads")]
         if "guard" in f: rows.append(("leaks", leaks_line(f["guard"])))
         if f.get("resumed"): rows.append(("went on from", "step " + ", ".join(f"{step:,}" for step in f["resumed"])))
+        if f.get("trainable", f["parameters"]) < f["parameters"]: rows.append(("finetuning", f"{c['finetuning']['method']}: {f['trainable']:,} of {f['parameters']:,} parameters ({f['trainable'] / f['parameters']:.2%})"))
+        if c["task"] == "cross": rows.append(("first stage", f"{c['retriever']}, {c['depth']} documents reranked"))
+        if "labels" in f: rows.append(("labels", ", ".join(f"{label}: {n:,}" for label, n in f["labels"].items())))
+        if "mined" in f: rows.append(("negatives", f"{f['mined']['kept']:,} mined from {f['mined']['candidates']}, {f['mined']['k']} a query; {f['mined']['without']:,} queries without"))
+        if "alpha" in f: rows.append(("alpha", f"{f['alpha']['chosen']}, chosen on the validation queries"))
         if "steps" in f: rows.append(("training", f"{f['rows']:,} rows, batch {f['batch_size']}, {f['steps']:,} steps, lr {c['lr']:g}, {100 * f['padding_share']:.0f} % padding"))
         if f.get("mining_seconds") is not None: rows.append(("negatives", f"{c['negatives']['k']} a query from {c['negatives']['candidates']}, {f['mining_seconds']:.0f} s of mining"))
         if "best" in f: rows.append(("best step", f"{f['best']['step']:,} of {f['best']['of']:,}, validation MRR {f['best']['mrr']:.4f}"))
         return rows_page(rows)
 
-    def results(self, metrics=("mrr", "ndcg@10", "recall@1", "recall@10")) -> Summary:
+    @property
+    def headline(self) -> str: return "ndcg@10" if self.config["task"] == "cross" else "mrr"
+
+    def results(self, metrics=None) -> Summary:
         "The systems side by side; all metrics are in metrics.json."
+        metrics = metrics or (("ndcg@10", "mrr@10", "hit@1", "hit@3", "hit@10") if self.config["task"] == "cross" else ("mrr", "ndcg@10", "recall@1", "recall@10"))
         def some(table): return {name: {m: figures[m] for m in metrics if m in figures} for name, figures in table.items()}
         return Summary({**self.metrics, "systems": some(self.metrics["systems"]), "differences": some(self.metrics["differences"])})
 
@@ -84,12 +94,19 @@ class Report:
         lines = []
         for name, difference in self.metrics["differences"].items():
             if not name.startswith("trained - "): continue
-            d, other = difference["mrr"], name.removeprefix("trained - ")
+            d, other = difference[self.headline], name.removeprefix("trained - ")
             low, high = d["ci95"] or (-1, 1)
             said = "beats" if low > 0 else "is worse than" if high < 0 else "is not shown to differ from"
-            lines.append(f"The trained model {said} {other}: MRR {d['value']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}], "
+            lines.append(f"The trained model {said} {other}: {self.headline.upper()} {d['value']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}], "
                          f"p = {d['p']:.4f}, {d['n']:,} queries over {self.metrics['pool']:,} documents.")
+        lines += [self.metrics["verdict"]] if "verdict" in self.metrics else []
+        lines += [f"{name} has collapsed: its scores are the same for all candidates of {share:.0%} of the queries." for name, share in self.metrics.get("collapsed", {}).items() if share > 0.5]
         return Page("\n".join(lines), "".join(f"<p>{line}</p>" for line in lines))
+
+    def depths(self) -> Page:
+        "What the reranker does at each depth."
+        sweep = Sweep(self.metrics["depths"], self.facts_.get("milliseconds"))
+        return rows_page(sweep.rows(), head=sweep.head)
 
 # %% ../nbs/54_report.ipynb #037350c0
 @patch
@@ -109,12 +126,20 @@ def humps(self: Report, system: str = "trained", ax=None):
     table = pq.read_table(self.run / "scores.parquet")
     table = table.filter(pc.equal(table["system"], system))
     right, other, wrong = (table[name].to_numpy() for name in ("right", "other", "wrong"))
-    there = np.isfinite(other)  # a pool without any wrong document for a query has none to draw
+    there = np.isfinite(other) & np.isfinite(right)  # a query with no wrong document in its pool, or with no right one among its candidates, has none to show
     return score_humps(right[there], other[there], wrong[there], title=system.replace("_", "-"), ax=ax)
 
 
 @patch
-def results_figure(self: Report, metric: str = "mrr", ax=None): return results_plot(self.metrics["systems"], metric, ax=ax)
+def results_figure(self: Report, metric: str | None = None, ax=None): return results_plot(self.metrics["systems"], metric or self.headline, ax=ax)
+
+
+@patch
+def depth_figure(self: Report, ax=None):
+    "NDCG@10 over the depth: reranked with its intervals, blended, and the oracle above them."
+    rows, first = self.metrics["depths"], self.metrics["systems"]["first_stage"]["ndcg@10"]["value"]
+    lines = {name: [(r["depth"], r[name]) for r in rows if r[name]] for name in ("oracle", "reranked", "blended")}
+    return depth_plot(lines, first, "NDCG@10", ax=ax)
 
 # %% ../nbs/54_report.ipynb #71a76029
 @patch
@@ -153,6 +178,9 @@ def versions(self: Report) -> Page:
 def commands(self: Report) -> Page:
     "What to do with the model now."
     folder = os.path.relpath(self.run.folder)
+    if self.config["task"] == "cross":
+        return Page(f'proj rank {folder} "a question" --top_k 5\nproj pipeline --retriever {self.config["retriever"]} --reranker {folder} --data FILE_OR_FOLDER\nproj inspect {folder}\n\n'
+                    f'from proj import CrossEncoder\nreranker = CrossEncoder.load("{folder}/model")\nreranker.rank("a question", ["one answer", "another"])')
     return Page(f'proj rank {folder} "parse a date from a string" --top_k 5\nproj evaluate {folder} --data FILE_OR_FOLDER\nproj inspect {folder}\n\n'
                 f'from proj import DualEncoder\nencoder = DualEncoder.load("{folder}/model")\nencoder.rank("parse a date", ["def strptime(s): ...", "def sort(xs): ..."])')
 
@@ -168,9 +196,10 @@ def summary(self: Report) -> dict:
 CELLS = [  # heading, method, what to see
     ("Results", "results", "Every system ranked the same queries over the same pool. Intervals are 95 %, over queries; differences are paired."),
     ("", "verdict", ""), ("", "results_figure", ""),
+    ("By depth", "depths", "How many documents of the first stage are reranked. The oracle is the most that any order of them can reach."), ("", "depth_figure", ""),
     ("Learning", "curve", "The loss should fall and flatten; the validation MRR tells where going on stopped paying."),
     ("Scores", "humps", "The two humps should part: scores of the right document, and of a wrong one drawn at random. The outline is the best wrong one of each query: where it is ahead, the query is lost at rank 1."),
-    ("Queries that moved", "moved", "Against the same encoder before training."),
+    ("Queries that moved", "moved", "Against the model before training; for a reranker, against the first stage."),
     ("Use it", "commands", ""), ("How it was made", "versions", ""),
 ]
 
@@ -184,6 +213,7 @@ def write_report(run: Run) -> Path:
     cells = [v4.new_markdown_cell(f"# {c['task']}: {c['model']}, {c['loss']}, {c['data']}"),
              _cell(f"from proj.report import Report\nreport = Report({str(run.folder)!r})\nreport.what()", report.what())]
     for heading, name, text in CELLS:
+        if name.startswith("depth") and "depths" not in report.metrics: continue
         if heading: cells.append(v4.new_markdown_cell(f"## {heading}\n\n{text}".strip()))
         value = getattr(report, name)()
         if hasattr(value, "figure"): save_figure(run, name, value)

@@ -37,8 +37,8 @@ def train(data: str, out: str, values: dict, die_at: int = 0):
     os.environ["_PROJ_DIE_AT"] = str(die_at)
     from proj import core
     from proj.config import TrainConfig, make
-    from proj.train import Training
-    Training(make(TrainConfig, dict(data=data, out=out, resume="auto") | values)).train()
+    from proj.train import training
+    training(make(TrainConfig, dict(data=data, out=out, resume="auto") | values)).train()
     Path(out, "writes").write_text(str(core.WRITES))
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 import proj.mine
 from proj.audit import Audit, apply, read_labels
 from proj.batches import column_keys
-from proj.candidates import Dense, load_cross_encoder
+from proj.candidates import Dense
 from proj.config import NegativesSpec, make
 from proj.core import ConfigError, DataError
 from proj.data.guard import label_conflicts
@@ -24,6 +25,7 @@ from proj.data.split import normalise
 from proj.data.store import from_pairs, from_tables, render
 from proj.embeddings import EmbeddingCache
 from proj.mine import Mined, Miner, mine
+from proj.models.cross import CrossEncoder
 from proj.models.dual import DualEncoder
 from proj.models.encoder import load_encoder, resolve
 from proj.negatives import Rounds
@@ -276,17 +278,19 @@ def cross_encoder(tmp_path_factory):
 
 @pytest.mark.parametrize("candidates", ["dense", "bm25", "union"])
 def test_a_cross_encoder_scores_without_any_filter_and_is_named(encoder, cross_encoder, candidates):
+    import torch
     from proj.core import sha256_weights
     store = toy(20, extra=[{"query": "river stone", "positive": "river stone and more of it", "negatives": ["willow ember falcon"]}])
     mined = mine(store, spec(candidates=candidates, k=2, relative_margin=None, cross_encoder=str(cross_encoder)), encoder=encoder)
-    judge = load_cross_encoder(cross_encoder)
-    assert mined.facts["scorer"] == "cross-encoder" and mined.facts["model_hash"] == sha256_weights(judge) != encoder.weights_hash()
+    judge = CrossEncoder.load(cross_encoder, precision="fp32")
+    assert mined.facts["scorer"] == "cross-encoder" and mined.facts["model_hash"] == sha256_weights(judge.model) != encoder.weights_hash()
+    logits = partial(judge.model.predict, activation_fn=torch.nn.Identity())
     query, document = (dict(zip(table.column(0).to_pylist(), table["text"].to_pylist())) for table in (store.queries, store.documents))
     scored = [r for r in mined.ledger.to_pylist() if r["score"] is not None]
-    assert np.allclose([r["score"] for r in scored], judge.predict([(query[r["query_id"]], document[r["doc_id"]]) for r in scored]), atol=1e-6)
+    assert np.allclose([r["score"] for r in scored], logits([(query[r["query_id"]], document[r["doc_id"]]) for r in scored]), atol=1e-6)
     columns = render(mined.store(store), "scored triplets")
     for place, name in enumerate(("positive", "negative")):
-        assert np.allclose(np.array(columns["score"])[:, place], judge.predict(list(zip(columns["anchor"], columns[name]))), atol=1e-6)
+        assert np.allclose(np.array(columns["score"])[:, place], logits(list(zip(columns["anchor"], columns[name]))), atol=1e-6)
 
 
 def test_the_cache_never_gives_the_negatives_of_other_weights(encoder, tmp_path):
@@ -388,7 +392,8 @@ def test_a_store_of_one_document(encoder, candidates):
     assert mine(alone, spec(candidates=candidates), encoder=encoder).negatives.tolist() == [[-1]]
 
 
-def test_scores_that_are_no_numbers_are_refused(encoder):
+def test_scores_that_are_no_numbers_are_refused(encoder, cross_encoder):
+    import torch
     store = toy(10)
     good = vectors_of(encoder, store)
     for bad in (np.nan, np.inf):
@@ -397,9 +402,9 @@ def test_scores_that_are_no_numbers_are_refused(encoder):
     with pytest.raises(DataError, match="too large"): mine(store, spec(), encoder=encoder, vectors=tuple(np.float32(1e30) * v for v in good))
     encoder.model.similarity_fn_name = "cosine"
 
-    class Broken:
-        def predict(self, pairs, **_): return np.full(len(pairs), np.nan)
-    with pytest.raises(DataError, match="cross-encoder gives NaN"): mine(store, spec(), encoder=encoder, cross_encoder=Broken())
+    broken = CrossEncoder.load(cross_encoder)
+    with torch.no_grad(): next(broken.model.parameters()).fill_(np.nan)
+    with pytest.raises(DataError, match="cross-encoder gives NaN"): mine(store, spec(), encoder=encoder, cross_encoder=broken)
 
 
 def test_what_cannot_be_mined_is_one_line(encoder, tmp_path):
@@ -407,7 +412,7 @@ def test_what_cannot_be_mined_is_one_line(encoder, tmp_path):
     with pytest.raises(ConfigError, match="candidates is none"): mine(store, NegativesSpec())
     with pytest.raises(ConfigError, match="needs an encoder"): mine(store, spec())
     with pytest.raises(DataError, match="one a row"): mine(store, spec(), encoder=encoder, vectors=(np.zeros((10, 4), np.float32), np.zeros((9, 4), np.float32)))
-    with pytest.raises(ConfigError, match="without a head"): mine(store, spec(cross_encoder="minilm"), encoder=encoder)
+    with pytest.raises(ConfigError, match="nothing in it scores pairs"): mine(store, spec(cross_encoder="minilm"), encoder=encoder)
     (tmp_path / "ledger.parquet").write_text("no table")
     with pytest.raises(DataError, match="cannot be read as a mining ledger"): Mined.load(tmp_path / "ledger.parquet", store)
 

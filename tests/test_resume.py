@@ -19,7 +19,8 @@ from proj.models.dual import DualEncoder
 from proj.manifest import MANIFEST, faults, files_in, write_manifest
 from proj.replay import compared, replay, verify
 from proj.run import Run, history
-from proj.train import Training, fit
+from proj.tasks.dual import DualTraining
+from proj.train import fit
 
 from test_train import config, write_pairs
 
@@ -31,7 +32,7 @@ def pairs(tmp_path_factory): return write_pairs(tmp_path_factory.mktemp("data") 
 @pytest.fixture(scope="module")
 def trained(pairs, tmp_path_factory):
     "A run that has been trained and not yet evaluated, with its checkpoints 2, 4 and 6."
-    training = Training(config(pairs, tmp_path_factory.mktemp("trained") / "run", eval_every=2, keep="earliest", dropout=0.1))
+    training = DualTraining(config(pairs, tmp_path_factory.mktemp("trained") / "run", eval_every=2, keep="earliest", dropout=0.1))
     training.train()
     return training.run
 
@@ -82,7 +83,7 @@ def test_a_checkpoint_cut_after_each_file_is_torn(copy):
 def test_from_a_damaged_checkpoint_the_run_goes_back_and_ends_the_same(copy, trained, pairs):
     damage(copy / "checkpoints" / "checkpoint-6" / "optimizer.pt", "flipped")
     damage(copy / "checkpoints" / "checkpoint-4" / "model.safetensors", "halved")
-    Training(make(TrainConfig, dict(out=str(copy.folder), resume="auto"))).train()
+    DualTraining(make(TrainConfig, dict(out=str(copy.folder), resume="auto"))).train()
     assert copy.facts["resumed"] == [2] and (copy / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
     assert copy.facts["weights"] == trained.facts["weights"]
     for name in LAST: assert sha256_file(copy / "checkpoints/checkpoint-6" / name) == sha256_file(trained / "checkpoints/checkpoint-6" / name), name
@@ -90,7 +91,7 @@ def test_from_a_damaged_checkpoint_the_run_goes_back_and_ends_the_same(copy, tra
 
 def test_when_no_checkpoint_is_good_the_run_begins_anew(copy, trained):
     for checkpoint in checkpoints(copy / "checkpoints"): (checkpoint / MANIFEST).unlink()
-    Training(make(TrainConfig, dict(out=str(copy.folder), resume="auto"))).train()
+    DualTraining(make(TrainConfig, dict(out=str(copy.folder), resume="auto"))).train()
     assert copy.facts["resumed"] == [0] and copy.facts["weights"] == trained.facts["weights"]
     assert (copy / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
 
@@ -110,7 +111,7 @@ def test_a_run_goes_on_as_it_began(copy, values, says):
 
 def test_other_data_under_the_same_name_is_refused(tmp_path):
     data = write_pairs(tmp_path / "pairs.jsonl")
-    Training(config(data, tmp_path / "run"))
+    DualTraining(config(data, tmp_path / "run"))
     Run(tmp_path / "run").release()
     write_pairs(data, n=90)
     with pytest.raises(DataError, match="part is not what"): fit(out=str(tmp_path / "run"), resume="auto")
@@ -127,7 +128,7 @@ def test_resume_needs_a_folder_and_begins_where_there_is_none(pairs, tmp_path):
 
 def test_a_run_that_died_after_training_is_only_evaluated(pairs, tmp_path):
     whole = fit(config(pairs, tmp_path / "whole"))
-    Training(config(pairs, tmp_path / "run")).train()
+    DualTraining(config(pairs, tmp_path / "run")).train()
     run = Run(tmp_path / "run")
     run.release()
     shutil.move(run.folder, tmp_path / "moved")  # and the folder may have another name by now
@@ -138,7 +139,7 @@ def test_a_run_that_died_after_training_is_only_evaluated(pairs, tmp_path):
 
 
 def test_two_processes_do_not_train_into_one_folder(pairs, tmp_path, proj_cli):
-    training = Training(config(pairs, tmp_path / "run"))
+    training = DualTraining(config(pairs, tmp_path / "run"))
     done = proj_cli("train", "--out", tmp_path / "run", "--resume", "auto")
     assert done.returncode == 2 and f"another process (pid {os.getpid()}) works on this run" in done.stderr and "Traceback" not in done.stderr
     assert "running" in proj_cli("list", "runs", cwd=tmp_path.parent).stdout or training.run.status == "running"

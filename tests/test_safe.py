@@ -25,7 +25,7 @@ from proj.manifest import MANIFEST, check_manifest, files_in
 from proj.models import encoder as enc
 from proj.models.dual import DualEncoder
 from proj.models.safe import check_folder
-from proj.train import Training
+from proj.tasks.dual import DualTraining
 
 from test_dual import TOY, bert
 from test_train import config, write_pairs
@@ -520,7 +520,7 @@ def test_kinds_are_told_by_content(tmp_path):
 def test_a_run_writes_no_pickle_but_states_that_load_as_weights(tmp_path):
     kept = {}
 
-    class Watched(Training):
+    class Watched(DualTraining):
         "Looks at every checkpoint while it is there."
         def trainer(self, *args, **kw):
             from transformers import TrainerCallback

@@ -18,7 +18,8 @@ from proj.manifest import write_manifest
 from proj.metrics import read_ledger
 from proj.models.dual import DualEncoder
 from proj.run import Run, history
-from proj.train import Training, fit
+from proj.tasks.dual import DualTraining
+from proj.train import fit
 from proj.trainer import history_callback
 
 VERBS = "sort read drop merge split count open close parse write".split()
@@ -68,7 +69,7 @@ def test_training_improves_what_it_is_trained_for(pairs, tmp_path):
 
 
 def test_the_saved_model_is_the_measured_one(pairs, tmp_path):
-    training = Training(config(pairs, tmp_path / "run"))
+    training = DualTraining(config(pairs, tmp_path / "run"))
     training.baselines()
     training.train()
     training.evaluate()
@@ -116,7 +117,7 @@ def test_a_best_checkpoint_that_vanished_is_an_error(pairs, tmp_path):
         def on_save(self, args, state, control, **kw):
             for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"): path.rename(tmp_path / f"stolen-{path.name}")
 
-    class Robbed(Training):
+    class Robbed(DualTraining):
         def trainer(self):
             made = super().trainer()
             made.add_callback(Thief())
@@ -138,7 +139,7 @@ def test_a_restored_model_that_measures_differently_is_an_error(pairs, tmp_path)
             save_file({name: torch.randn_like(value) for name, value in load_file(weights).items()}, weights)
             write_manifest(weights.parent)  # so that no hash tells
 
-    class Damaged(Training):
+    class Damaged(DualTraining):
         def trainer(self):
             made = super().trainer()
             made.add_callback(Vandal())
@@ -178,7 +179,7 @@ def test_in_batch_losses_never_see_a_text_twice(tmp_path):
     path = tmp_path / "pairs.jsonl"
     doubled = [row | {"query": row["query"] + " "} if i % 2 else row for i, row in enumerate(r for r in rows(40) for _ in (0, 1))]
     path.write_text("".join(json.dumps({"query": r["query"], "code": r["code"]}) + "\n" for r in doubled))
-    training = Training(config(path, tmp_path / "run"))
+    training = DualTraining(config(path, tmp_path / "run"))
     made = training.trainer()
     for batch in made.get_train_dataloader().batch_sampler:
         texts = [" ".join(made.train_dataset[i]["anchor"].split()) for i in batch]

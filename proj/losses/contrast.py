@@ -22,6 +22,10 @@ NEEDS = {  # shape -> what the data must have, in the store's words
     "labelled pairs": {"pairs", "negatives"},
     "scored pairs": {"grades"},
     "scored triplets": {"pairs", "negatives", "teacher_scores"},
+    "taught pairs": {"teacher_scores"},
+    "taught n-tuples": {"pairs", "negatives", "teacher_scores"},
+    "lists": {"pairs", "negatives"},
+    "taught lists": {"pairs", "negatives", "teacher_scores"},
 }
 
 # %% ../../nbs/20_losses.contrast.ipynb #7ef521c2
@@ -38,6 +42,8 @@ class LossSpec:
     scale: bool = False      # the class takes 1 / temperature under the name "scale"
     gathers: bool = False    # can take the rows of other processes as negatives too
     guide: bool = False      # needs a second encoder that tells false negatives
+    classes: bool = False    # the model gives one logit a class instead of one score
+    balanced: bool = False   # takes the weight of a positive under the name "pos_weight"
     options: dict = field(default_factory=dict)  # further arguments of the class that make it this loss
     aliases: tuple[str, ...] = ()                # other names it answers to, beside its class name
 
@@ -86,7 +92,29 @@ _distillation = [
     LossSpec("distill_kl", _st + "DistillKLDivLoss", ("scored triplets",), "margin_mse when the size of the teacher's margin matters", temperature=1.0),
 ]
 
-LOSSES = {"dual": {spec.name: spec for spec in [*_in_batch, *_explicit, *_distillation]}}  # task -> name -> spec
+# %% ../../nbs/20_losses.contrast.ipynb #9b61e1a7
+_ce = "sentence_transformers.cross_encoder.losses."
+_list, _mnr = dict(batch_size=8), dict(in_batch=True, temperature=0.1, scale=True)
+_graded, _taught = ("lists",), ("taught lists", "lists")
+
+_cross = [
+    LossSpec("softmax", _ce + "CrossEntropyLoss", ("labelled pairs",), "bce, whose single score saves a logit; a listwise loss when the order counts",
+             batch_size=16, classes=True, aliases=("cross_entropy", "SoftmaxLoss")),
+    LossSpec("bce", _ce + "BinaryCrossEntropyLoss", ("labelled pairs",), "softmax when there are more grades than right and wrong",
+             batch_size=16, balanced=True, aliases=("binary_cross_entropy", "BinaryClassificationLoss")),
+    LossSpec("mse", _ce + "MSELoss", ("taught pairs", "scored pairs"), "margin_mse, which leaves the teacher's scale out", batch_size=16),
+    LossSpec("mnr", _ce + "MultipleNegativesRankingLoss", ("n-tuples", "pairs"), "cached_mnr when the batch you want does not fit", **_mnr),
+    LossSpec("cached_mnr", _ce + "CachedMultipleNegativesRankingLoss", ("n-tuples", "pairs"), "mnr when the batch fits in memory", **_mnr | dict(batch_size=64)),
+    LossSpec("margin_mse", _ce + "MarginMSELoss", ("taught n-tuples",), "listnet when the teacher's scores are on another scale than a logit", batch_size=8),
+    LossSpec("lambda", _ce + "LambdaLoss", _graded, "ranknet when positions below the first few count as much", **_list),
+    LossSpec("listnet", _ce + "ListNetLoss", _taught, "lambda when the measure is NDCG", **_list),
+    LossSpec("listmle", _ce + "ListMLELoss", _taught, "plistmle, which weighs the first places more", **_list),
+    LossSpec("plistmle", _ce + "PListMLELoss", _taught, "listmle when all places count alike", **_list),
+    LossSpec("ranknet", _ce + "RankNetLoss", _taught, "lambda, which weighs pairs by what they cost", **_list),
+    LossSpec("adr_mse", _ce + "ADRMSELoss", _taught, "lambda when grades are only right and wrong", **_list),
+]
+
+LOSSES = {"dual": {spec.name: spec for spec in [*_in_batch, *_explicit, *_distillation]}, "cross": {spec.name: spec for spec in _cross}}  # task -> name -> spec
 
 # %% ../../nbs/20_losses.contrast.ipynb #ffa311ec
 _classes = "eats single texts with class labels, which a query and document data set does not have"
@@ -134,6 +162,7 @@ def check_legal(
     if shape := spec.fits(has): return shape
     missing = min((NEEDS[shape] - set(has) for shape in spec.shapes), key=len)
     fitting = [other.name for other in LOSSES[task].values() if other.fits(has)]
+    if missing == {"teacher_scores"}: fitting.append("make the scores with `proj mine --data DATA --negatives.cross_encoder RUN --out MINED` and train on MINED/train.jsonl")
     remedy = f"choose a loss that fits: {', '.join(fitting)}" if fitting else "give it judged pairs"
     raise ConfigError(f"loss '{spec.name}' eats {' or '.join(spec.shapes)}, but the data has no {' and no '.join(sorted(missing))}; {remedy}")
 
@@ -145,6 +174,7 @@ def make_loss(
     guide=None,          # SentenceTransformer for gist and cached_gist; a frozen copy of `model` as it is now when not given
     task: str = "dual",  # a key of LOSSES
     processes: int = 1,  # that train together, each with its part of a batch
+    pos_weight: float | None = None,  # what a positive counts, for losses that are balanced; 1 when not given
 ):                       # nn.Module: loss(sentence_features, labels) -> scalar
     "The loss, ready for the trainer."
     spec = loss_named(name, task)
@@ -154,15 +184,21 @@ def make_loss(
     if spec.temperature is not None:
         value = spec.temperature if temperature is None else temperature
         options |= {"scale": 1 / value} if spec.scale else {"temperature": value}
+    if spec.balanced and pos_weight is not None: options["pos_weight"] = _tensor(pos_weight)
     if processes > 1 and spec.in_batch:
         gathering = ", ".join(other.name for other in LOSSES[task].values() if other.gathers)
-        if not spec.gathers: raise ConfigError(f"loss '{spec.name}' sees only the rows of its own process; with {processes} processes use one of {gathering}")
+        if not spec.gathers: raise ConfigError(f"loss '{spec.name}' sees only the rows of its own process; with {processes} processes use {f'one of {gathering}' if gathering else 'another loss'}")
         options["gather_across_devices"] = True
     if spec.guide: options["guide"] = frozen_copy(model) if guide is None else guide
     module, cls = spec.path.rsplit(".", 1)
     log.info("loss %s: %s", spec.name, spec.path)
     try: return getattr(import_module(module), cls)(model, **options)
     except ValueError as e: raise ConfigError(f"loss '{spec.name}' does not fit this model: {e}; use instead {spec.instead}") from e
+
+
+def _tensor(value):
+    import torch
+    return torch.tensor(value)
 
 
 def frozen_copy(model):
