@@ -44,7 +44,6 @@ def difficulty(
 # %% ../nbs/27_confusions.ipynb #a43c694b
 def similar_spelling(
     words: list[str],
-    rows: slice,          # some of them
 ) -> tuple:               # (p,) row, (p,) column, (p,) difficulty
     "Pairs of words that share a bigram and are near enough in letters and length."
     sets = [sorted(bigrams(word)) for word in words]
@@ -53,8 +52,8 @@ def similar_spelling(
     columns = np.array([known[pair] for pairs in sets for pair in pairs], int)
     matrix = csr_matrix((np.ones(len(columns), np.int32), columns, np.concatenate([[0], np.cumsum(size)])), shape=(len(words), max(1, len(known))))
     found = []
-    for start in range(rows.start, rows.stop, 500):
-        shared = (matrix[start:min(start + 500, rows.stop)] @ matrix.T).tocoo()
+    for start in range(0, len(words), 500):
+        shared = (matrix[start:start + 500] @ matrix.T).tocoo()
         i, j = shared.row + start, shared.col
         similarity, apart = shared.data / (size[i] + size[j] - shared.data), np.abs(long[i] - long[j])
         keep = (similarity >= NEAREST - 1e-12) & (similarity <= FARTHEST + 1e-12) & (apart <= APART)
@@ -124,7 +123,7 @@ def build_pool(
     for kind in kinds: named("kind of negative", kind, dict(text=0, path=0))
     words = lexicon.on(keyboard).words
     group, found = twins(keyboard, words), []
-    if "text" in kinds: found.append((*_hardest(*similar_spelling(words, slice(0, len(words))), group, words, top), 1))
+    if "text" in kinds: found.append((*_hardest(*similar_spelling(words), group, words, top), 1))
     if "path" in kinds: found.append((*_hardest(*similar_paths(words, keyboard, top), group, words, top), 2))
     i, j, hard = (np.concatenate([part[at] for part in found]) for at in range(3))
     bits = np.concatenate([np.full(len(part[0]), part[3]) for part in found])

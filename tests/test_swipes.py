@@ -221,7 +221,8 @@ def test_the_lexicon_is_the_file(data_dir):
     assert len(lexicon.on(QWERTY)) == 10_033
 
 
-@pytest.mark.parametrize("words,zipf,message", [([], None, "empty"), (["a", "a"], None, "'a' stands in the lexicon twice"), (["a"], [1, 2], "2 frequencies for 1"), (["a"], [np.nan], "of 'a' is not finite")])
+@pytest.mark.parametrize("words,zipf,message", [
+    ([], None, "empty"), (["a", "a"], None, "'a' stands in the lexicon twice"), (["a"], [1, 2], "2 frequencies for 1"), (["a"], [np.nan], "of 'a' is not finite")])
 def test_lexicons_that_are_refused(words, zipf, message):
     with pytest.raises(DataError, match=message): Lexicon(words, zipf)
 
