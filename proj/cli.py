@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STORY', 'LISTS', 'CONFIGS', 'VERBS', 'train_verb', 'evaluate_verb', 'rank_verb', 'pipeline_verb', 'bench_losses_verb',
-           'promote_verb', 'compare_verb', 'replay_verb', 'diff_verb', 'verify_verb', 'mine_verb', 'index_verb',
-           'search_verb', 'inspect_verb', 'list_verb', 'notebook_path', 'check_parameters', 'run_verb', 'execute',
-           'main']
+           'logs_verb', 'promote_verb', 'compare_verb', 'replay_verb', 'diff_verb', 'verify_verb', 'mine_verb',
+           'index_verb', 'search_verb', 'inspect_verb', 'list_verb', 'notebook_path', 'check_parameters', 'run_verb',
+           'execute', 'main']
 
 # %% ../nbs/70_cli.ipynb #757c78bd
 import argparse, logging, os, sys
@@ -93,6 +93,19 @@ def bench_losses_verb(arguments: list[str]):
     print(bench_losses(cfg))
 
 
+def logs_verb(arguments: list[str]):
+    parser = _parser("logs", "Rows to train a reranker on, from the log of a search. Logs that were mined before change nothing.")
+    parser.add_argument("logs", nargs="+", metavar="LOG", help="a JSONL file of query and feedback events; may be compressed (.gz)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="what is known already, and where the rows go")
+    parser.add_argument("--skip-bad", "--skip_bad", type=int, default=0, help="so many bad lines are skipped and listed in rejects.jsonl (default: 0)")
+    given = parser.parse_args(arguments)
+    from proj.data.logs import append
+    report = append(given.out, given.logs, given.skip_bad)
+    rows = Path(given.out) / "train.jsonl"
+    print(report)
+    print(f"\nTrain on it:      proj train --task cross --data {rows}" if report.figures["kept"] else "\nNo row to train on yet: no query has a marked document with a text")
+
+# %% ../nbs/70_cli.ipynb #bb46f064
 def promote_verb(arguments: list[str]):
     from proj.config import PromoteConfig, from_arguments, from_environment
     if "--rollback" in arguments:
@@ -319,7 +332,7 @@ def execute(notebook: Path, output: str, values: dict):
 
 # %% ../nbs/70_cli.ipynb #130d6961
 VERBS = dict(train=train_verb, evaluate=evaluate_verb, rank=rank_verb, compare=compare_verb, replay=replay_verb, diff=diff_verb, verify=verify_verb,
-             pipeline=pipeline_verb, promote=promote_verb, **{"bench-losses": bench_losses_verb}, mine=mine_verb, index=index_verb, search=search_verb,
+             pipeline=pipeline_verb, promote=promote_verb, **{"bench-losses": bench_losses_verb}, logs=logs_verb, mine=mine_verb, index=index_verb, search=search_verb,
              inspect=inspect_verb, list=list_verb, run=run_verb)
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Precision', 'Device', 'Nested', 'FINETUNING', 'TASK_LOSS', 'TASK_ONLY', 'KINDS', 'Spec', 'OptimizerSpec',
-           'NegativesSpec', 'FinetuningSpec', 'TrainConfig', 'EvaluateConfig', 'CompareConfig', 'MineConfig',
-           'PipelineConfig', 'PromoteConfig', 'BenchLossesConfig', 'parse_yaml', 'unknown', 'explain', 'make',
-           'from_file', 'from_environment', 'merged', 'from_arguments', 'from_notebook', 'parameter_table']
+           'NegativesSpec', 'FinetuningSpec', 'TaskSpec', 'TrainConfig', 'EvaluateConfig', 'CompareConfig',
+           'MineConfig', 'PipelineConfig', 'PromoteConfig', 'BenchLossesConfig', 'parse_yaml', 'unknown', 'explain',
+           'make', 'from_file', 'from_environment', 'merged', 'from_arguments', 'from_notebook', 'parameter_table']
 
 # %% ../nbs/01_config.ipynb #583dc878
 import json, os
@@ -101,7 +101,35 @@ TASK_LOSS = dict(dual="mnr", cross="softmax")  # task -> its loss when none is n
 TASK_ONLY = dict(retriever=("cross",), depth=("cross",), alpha=("cross",))  # what other tasks have no use for
 
 
-class TrainConfig(Spec):
+class TaskSpec(Spec):
+    "What a training run's parameters owe to each other and to the task."
+    @model_validator(mode="before")
+    @classmethod
+    def _negatives_of_the_task(cls, values):
+        given = values.get("negatives") if isinstance(values, dict) else None
+        if not isinstance(values, dict) or values.get("task") != "cross" or isinstance(given, NegativesSpec): return values
+        if isinstance(given, str): given = parse_yaml(given, "a nested parameter")
+        return values | {"negatives": {"candidates": "auto", "k": 4} | (given or {})}
+
+    @field_validator("loss", check_fields=False)
+    @classmethod
+    def _of_the_task(cls, value, info): return TASK_LOSS[info.data.get("task", "dual")] if value is None else value
+
+    @model_validator(mode="after")
+    def _of_this_task(self):
+        for name, tasks in TASK_ONLY.items():
+            if self.task not in tasks and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"parameter '{name}' is of task {' and '.join(tasks)} only; leave it out, or set task={tasks[0]}")
+        return self
+
+    @field_validator("test_share", check_fields=False)
+    @classmethod
+    def _room_to_train(cls, value, info):
+        if value + info.data.get("validation_share", 0) >= 1: raise ValueError("validation_share + test_share must leave rows to train on")
+        return value
+
+# %% ../nbs/01_config.ipynb #9e81c5df
+class TrainConfig(TaskSpec):
     "Train a model, evaluate it beside the baselines that need no training, and write a run folder."
     task: Literal["dual", "cross"] = Field("dual", description="what to train: dual (a dual encoder for retrieval), cross (a cross-encoder that reranks)")
     loss: str | None = Field(None, description="the loss, by its name; `proj list losses` shows them; mnr for dual and softmax for cross when not given")
@@ -138,31 +166,6 @@ class TrainConfig(Spec):
     optimizer: Annotated[OptimizerSpec, Nested] = Field(default_factory=OptimizerSpec, description="weight_decay, schedule, max_grad_norm")
     negatives: Annotated[NegativesSpec, Nested] = Field(default_factory=NegativesSpec, description="hard negatives: candidates, k, margins, refresh_every, ...")
     finetuning: Annotated[FinetuningSpec, Nested] = Field(default_factory=FinetuningSpec, description="which weights are trained: method, num_layers, rank, alpha, dropout, ...")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _negatives_of_the_task(cls, values):
-        given = values.get("negatives") if isinstance(values, dict) else None
-        if not isinstance(values, dict) or values.get("task") != "cross" or isinstance(given, NegativesSpec): return values
-        if isinstance(given, str): given = parse_yaml(given, "a nested parameter")
-        return values | {"negatives": {"candidates": "auto", "k": 4} | (given or {})}
-
-    @field_validator("loss")
-    @classmethod
-    def _of_the_task(cls, value, info): return TASK_LOSS[info.data.get("task", "dual")] if value is None else value
-
-    @model_validator(mode="after")
-    def _of_this_task(self):
-        for name, tasks in TASK_ONLY.items():
-            if self.task not in tasks and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"parameter '{name}' is of task {' and '.join(tasks)} only; leave it out, or set task={tasks[0]}")
-        return self
-
-    @field_validator("test_share")
-    @classmethod
-    def _room_to_train(cls, value, info):
-        if value + info.data.get("validation_share", 0) >= 1: raise ValueError("validation_share + test_share must leave rows to train on")
-        return value
 
 # %% ../nbs/01_config.ipynb #2fae6376
 class EvaluateConfig(Spec):

@@ -47,7 +47,7 @@ def leaks_line(
     counts = ", ".join(f"{n:,} {kind}" for kind, n in found["leaks"].items())
     return f"ALLOWED: {counts}; {found['leaking_queries']['test']:,} test queries affected, see leaks.jsonl"
 
-
+# %% ../nbs/54_report.ipynb #a7317174
 class Report:
     "The pages and figures of a run."
     def __init__(self, run: Run | str | Path):
@@ -80,33 +80,40 @@ class Report:
         if "best" in f: rows.append(("best step", f"{f['best']['step']:,} of {f['best']['of']:,}, validation MRR {f['best']['mrr']:.4f}"))
         return rows_page(rows)
 
-    @property
-    def headline(self) -> str: return "ndcg@10" if self.config["task"] == "cross" else "mrr"
+# %% ../nbs/54_report.ipynb #a3430762
+@patch(as_prop=True)
+def headline(self: Report) -> str: return "ndcg@10" if self.config["task"] == "cross" else "mrr"
 
-    def results(self, metrics=None) -> Summary:
-        "The systems side by side; all metrics are in metrics.json."
-        metrics = metrics or (("ndcg@10", "mrr@10", "hit@1", "hit@3", "hit@10") if self.config["task"] == "cross" else ("mrr", "ndcg@10", "recall@1", "recall@10"))
-        def some(table): return {name: {m: figures[m] for m in metrics if m in figures} for name, figures in table.items()}
-        return Summary({**self.metrics, "systems": some(self.metrics["systems"]), "differences": some(self.metrics["differences"])})
 
-    def verdict(self) -> Page:
-        "Whether the trained model beats each baseline, in a sentence."
-        lines = []
-        for name, difference in self.metrics["differences"].items():
-            if not name.startswith("trained - "): continue
-            d, other = difference[self.headline], name.removeprefix("trained - ")
-            low, high = d["ci95"] or (-1, 1)
-            said = "beats" if low > 0 else "is worse than" if high < 0 else "is not shown to differ from"
-            lines.append(f"The trained model {said} {other}: {self.headline.upper()} {d['value']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}], "
-                         f"p = {d['p']:.4f}, {d['n']:,} queries over {self.metrics['pool']:,} documents.")
-        lines += [self.metrics["verdict"]] if "verdict" in self.metrics else []
-        lines += [f"{name} has collapsed: its scores are the same for all candidates of {share:.0%} of the queries." for name, share in self.metrics.get("collapsed", {}).items() if share > 0.5]
-        return Page("\n".join(lines), "".join(f"<p>{line}</p>" for line in lines))
+@patch
+def results(self: Report, metrics=None) -> Summary:
+    "The systems side by side; all metrics are in metrics.json."
+    metrics = metrics or (("ndcg@10", "mrr@10", "hit@1", "hit@3", "hit@10") if self.config["task"] == "cross" else ("mrr", "ndcg@10", "recall@1", "recall@10"))
+    def some(table): return {name: {m: figures[m] for m in metrics if m in figures} for name, figures in table.items()}
+    return Summary({**self.metrics, "systems": some(self.metrics["systems"]), "differences": some(self.metrics["differences"])})
 
-    def depths(self) -> Page:
-        "What the reranker does at each depth."
-        sweep = Sweep(self.metrics["depths"], self.facts_.get("milliseconds"))
-        return rows_page(sweep.rows(), head=sweep.head)
+
+@patch
+def verdict(self: Report) -> Page:
+    "Whether the trained model beats each baseline, in a sentence."
+    lines = []
+    for name, difference in self.metrics["differences"].items():
+        if not name.startswith("trained - "): continue
+        d, other = difference[self.headline], name.removeprefix("trained - ")
+        low, high = d["ci95"] or (-1, 1)
+        said = "beats" if low > 0 else "is worse than" if high < 0 else "is not shown to differ from"
+        lines.append(f"The trained model {said} {other}: {self.headline.upper()} {d['value']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}], "
+                     f"p = {d['p']:.4f}, {d['n']:,} queries over {self.metrics['pool']:,} documents.")
+    lines += [self.metrics["verdict"]] if "verdict" in self.metrics else []
+    lines += [f"{name} has collapsed: its scores are the same for all candidates of {share:.0%} of the queries." for name, share in self.metrics.get("collapsed", {}).items() if share > 0.5]
+    return Page("\n".join(lines), "".join(f"<p>{line}</p>" for line in lines))
+
+
+@patch
+def depths(self: Report) -> Page:
+    "What the reranker does at each depth."
+    sweep = Sweep(self.metrics["depths"], self.facts_.get("milliseconds"))
+    return rows_page(sweep.rows(), head=sweep.head)
 
 # %% ../nbs/54_report.ipynb #037350c0
 @patch

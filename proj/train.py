@@ -39,7 +39,7 @@ def training(cfg: TrainConfig, command: str = "proj.fit", **kw) -> "Training":
     module, name = named("task", cfg.task, TASKS).rsplit(".", 1)
     return getattr(import_module(module), name)(cfg, command, **kw)
 
-
+# %% ../nbs/61_train.ipynb #cb7db5e0
 class Training:
     "One training run: what it loads, measures, trains and writes. A task gives `make_encoder`, `load`, `check`, `baselines`, `rows`, `measures`, `loss`, `ranks`, `library`, `score_some`, `test`."
     evaluations, rounds = 8, None  # during training; mined negatives that change on the way
@@ -181,7 +181,7 @@ def _save(self: Training, made, best: dict):
     named_by_loss.unlink(missing_ok=True)
     os.symlink("model", named_by_loss)
 
-
+# %% ../nbs/61_train.ipynb #94a7b381
 @patch
 def _restore(self: Training, made):
     "Load the chosen checkpoint, measure it again, save it as model/."

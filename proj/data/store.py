@@ -197,7 +197,7 @@ def render(
     if shape in ("scored triplets", "taught n-tuples"): columns["score"] = teacher_scores(store, np.column_stack([rows, drawn])).tolist()
     return columns
 
-
+# %% ../../nbs/11_data.store.ipynb #5c9b3f1c
 def teacher_scores(
     store: Store,
     rows=None,       # rows of judgements, any shape, all of which must have one
@@ -225,7 +225,7 @@ def _lists(store: Store, k: int, seed: int, taught: bool) -> dict[str, list]:
         columns["label"].append(value[rows].tolist())
     return columns
 
-
+# %% ../../nbs/11_data.store.ipynb #912361a7
 def draw_negatives(
     store: Store,
     k: int,        # negatives for each positive
