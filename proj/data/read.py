@@ -451,6 +451,7 @@ def read_rows(
     unique: str | None = None,      # a required text field that identifies a row; exact repetitions are left out and counted
     skip_bad: int = 0,              # so many bad rows are skipped, one more is an error
     rejects=None,                   # file for skipped rows: JSONL of file, line, field, reason, raw
+    convert: Callable[[dict], dict | Fault] = lambda row: row,  # a last check, and the row as the caller wants it
     max_line_bytes: int = MAX_LINE_BYTES,  # longer lines (CSV: records) are refused
 ) -> Iterator[tuple[int, dict]]:    # (physical line from 1, row); the row's number for Parquet
     "The rows of a file, one at a time; null fields and empty CSV cells are absent."
@@ -460,7 +461,7 @@ def read_rows(
 
     def rows():
         with atomic(rejects) if rejects else nullcontext() as sink:
-            yield from _checked(path, reader(path, schema, max_line_bytes), schema, Problems(skip_bad, sink), unique)
+            yield from _checked(path, reader(path, schema, max_line_bytes), schema, Problems(skip_bad, sink), unique, convert=convert)
     return rows()
 
 # %% ../../nbs/10_data.read.ipynb #72656904
