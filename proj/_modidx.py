@@ -1202,6 +1202,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'proj.use.Together.__repr__': ('use.html#together.__repr__', 'proj/use.py'),
                           'proj.use._pool': ('use.html#_pool', 'proj/use.py'),
                           'proj.use._reranked': ('use.html#_reranked', 'proj/use.py'),
+                          'proj.use._retriever': ('use.html#_retriever', 'proj/use.py'),
                           'proj.use._trained_with': ('use.html#_trained_with', 'proj/use.py'),
                           'proj.use.blend_weight': ('use.html#blend_weight', 'proj/use.py'),
                           'proj.use.evaluate': ('use.html#evaluate', 'proj/use.py'),

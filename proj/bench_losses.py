@@ -19,7 +19,7 @@ from .losses.contrast import LOSSES, check_legal, loss_named
 from .metrics import ledger_values, of_system, read_ledger
 from .plot import new_axes
 from .run import Run, utc_name
-from .start import load_parts
+from .start import load_parts, same_parameters
 from .tasks.cross import CrossTraining, mining_spec, with_mined
 
 # %% ../nbs/69_bench_losses.ipynb #c7a9c9b2
@@ -32,10 +32,10 @@ def train_config(
     seed: int,  # of this run; the data are drawn with the bench's own
     out,        # folder of the bench
 ) -> TrainConfig:
-    "What one run of the bench is."
+    "What one run of the bench is; the weights at its end count, none are chosen on the way."
     shared = {name: getattr(cfg, name) for name in ("data", "model", "retriever", "max_pairs", "max_queries", "epochs", "depth", "lr", "max_length", "precision", "device", "allow_leak")}
     mined = {"negatives": cfg.negatives.model_dump()} if "negatives" in cfg.model_fields_set else {}
-    return make(TrainConfig, dict(task="cross", loss=loss, seed=seed, data_seed=cfg.seed, out=str(Path(out, f"{loss}-seed-{seed}")), resume="auto") | shared | mined)
+    return make(TrainConfig, dict(task="cross", loss=loss, seed=seed, data_seed=cfg.seed, out=str(Path(out, f"{loss}-seed-{seed}")), resume="auto", eval_every=10**9) | shared | mined)
 
 
 def losses_of(cfg: BenchLossesConfig, out) -> list[str]:
@@ -64,8 +64,8 @@ def _train(values: dict, cache: str | None, report):
     try:
         begun = CrossTraining(make(TrainConfig, values), "proj bench-losses", cache=EmbeddingCache(cache) if cache else None)
         begun.baselines(), begun.train(), begun.evaluate()
-        begun.report()
         begun.run.update(peak_mib=peak_mib())
+        begun.report()
         report.put(None)
     except Exception as e: report.put((type(e).__name__, str(e), getattr(e, "exit_code", 1)))
 
@@ -75,7 +75,9 @@ def run_apart(
     cache: str | None = None,  # folder of an embedding cache for the first stage
 ) -> Run:
     "Train and measure in a fresh process; a finished run is left as it is."
-    if Run(cfg.out).status == "finished": return Run(cfg.out)
+    if Run(cfg.out).status == "finished":
+        same_parameters(cfg, cfg.out)
+        return Run(cfg.out)
     context = multiprocessing.get_context("spawn")
     report = context.SimpleQueue()
     child = context.Process(target=_train, args=(cfg.model_dump(), cache, report))

@@ -65,7 +65,7 @@ def mean_intervals(
     z = shift + ndtri([[0.025], [0.975]])  # (2, m)
     level = ndtr(shift + z / (1 - skew / (6 * np.sqrt(n)) * z))
     ends = [np.clip(v + np.quantile(column, at), row.min(), row.max()) for v, column, at, row in zip(value, means.T, level.T, values)]
-    return [dict(value=float(v), ci95=[float(lo), float(hi)], n=n) for v, (lo, hi) in zip(value, ends)]
+    return [dict(value=float(v), ci95=[float(min(lo, v)), float(max(hi, v))], n=n) for v, (lo, hi) in zip(value, ends)]  # the mean of equal values is rounded
 
 
 def mean_interval(

@@ -103,13 +103,13 @@ TASK_ONLY = dict(retriever=("cross",), depth=("cross",), alpha=("cross",))  # wh
 
 class TaskSpec(Spec):
     "What a training run's parameters owe to each other and to the task."
-    @model_validator(mode="before")
-    @classmethod
-    def _negatives_of_the_task(cls, values):
-        given = values.get("negatives") if isinstance(values, dict) else None
-        if not isinstance(values, dict) or values.get("task") != "cross" or isinstance(given, NegativesSpec): return values
-        if isinstance(given, str): given = parse_yaml(given, "a nested parameter")
-        return values | {"negatives": {"candidates": "auto", "k": 4} | (given or {})}
+    @model_validator(mode="after")
+    def _negatives_of_the_task(self):
+        if self.task != "cross": return self
+        unsaid = {name: value for name, value in dict(candidates="auto", k=4).items() if name not in self.negatives.model_fields_set}
+        self.__dict__["negatives"] = spec = self.negatives.model_copy()  # an assignment would be validated, and come here again
+        spec.__dict__.update(unsaid)
+        return self
 
     @field_validator("loss", check_fields=False)
     @classmethod

@@ -20,6 +20,7 @@ from .core import ConfigError, DataError, atomic, log
 from .data.store import Store
 from .evaluate import EncodedPool, Evaluation
 from .metrics import compute
+from .models.cross import has_head
 from .models.dual import DualEncoder, Ranking, make_ranking
 from .models.encoder import PRESETS, load_encoder
 from .models.lexical import BM25
@@ -48,6 +49,8 @@ def load_retriever(
     if name in PRESETS: raise ConfigError(f"retriever '{name}' has learned nothing and finds nothing; choose bm25, minilm, static, or a run or model folder")
     if Path(name, "run.json").is_file() and (task := Run(name).facts["config"].get("task")) != "dual":
         raise ConfigError(f"retriever '{name}' is a run of task {task}, which does not search; pass a run of task dual")
+    if has_head(Path(name, "model") if Path(name, "run.json").is_file() else name):
+        raise ConfigError(f"retriever '{name}' is a cross-encoder, which does not search; pass a run of task dual, or an encoder")
     known = [*texts.query_texts, *texts.document_texts] if texts else None
     found = CachedEncoder(load_encoder(name, texts=known, device=device, seed=seed), precision)
     found.cache = cache
@@ -133,6 +136,8 @@ def scored(
         rows, places = np.nonzero(self.there & (self.rank > above) & (self.rank <= depth))
         if len(rows): scores[rows, places] = reranker.score_pairs([(self.queries[q], self.documents[self.columns[q, j]]) for q, j in zip(rows, places)], desc=desc)
         above, seconds[depth] = depth, time.perf_counter() - start
+    broken = int((self.there & ~np.isfinite(scores)).sum())
+    if broken: raise DataError(f"the reranker gives NaN or infinity for {broken:,} of {len(self):,} pairs; its weights are damaged or its training diverged")
     return scores, seconds
 
 # %% ../nbs/53_pipeline.ipynb #5e464bee
@@ -346,5 +351,7 @@ class Pipeline:
         "The candidates from best to worst; scores are probabilities, or those of the blend."
         candidates = Candidates([query], list(documents.values()), self.retriever, self.depth)
         values, ids = self._values(candidates)[0], list(documents)
-        found = {ids[column]: (value if self.alpha is not None else expit(value)) for column, value in zip(candidates.columns[0], values) if column >= 0}
-        return make_ranking(query, {i: documents[i] for i in found}, np.array(list(found.values())), top_k)
+        found = {ids[column]: value for column, value in zip(candidates.columns[0], values) if column >= 0}
+        ranking = make_ranking(query, {i: documents[i] for i in found}, np.array(list(found.values())), top_k)
+        if self.alpha is None: ranking.scores = expit(ranking.scores)  # after sorting: 30 and 40 are both 1
+        return ranking

@@ -70,6 +70,11 @@ def blend_weight(folder) -> float:
     return facts["alpha"]["chosen"] if "alpha" in facts else 0.7 if given == "validation" else given
 
 
+def _retriever(name: str, trained_with: TrainConfig | None, device: str = "auto", precision: str = "auto"):
+    "A first stage; `static` weighs its words by the training texts of the reranker's run."
+    return load_retriever(name, device=device, precision=precision, texts=load_parts(trained_with).train if trained_with and name == "static" else None)
+
+
 class Together:
     "What was measured of a pair; prints itself as tables and a sentence."
     def __init__(self, stages: Stages): self.stages, self.evaluation = stages, stages.evaluation
@@ -88,7 +93,7 @@ def pipeline(cfg: PipelineConfig, exclude_self: bool = False) -> Together:
     out = Path(cfg.out or (folder / "pipelines" / f"{Path(cfg.retriever).name}-{Path(cfg.data or 'test').stem}" if trained_with else f"runs/pipeline-{utc_name()}"))
     store = load_test(cfg.data, cfg.skip_bad, out / "rejects.jsonl") if cfg.data else load_parts(trained_with).test
     store = some_queries(store, cfg.max_queries, cfg.seed)
-    retriever = load_retriever(cfg.retriever, device=cfg.device, precision=cfg.precision, texts=store, seed=cfg.seed)
+    retriever = _retriever(cfg.retriever, trained_with, cfg.device, cfg.precision)
     stages = Stages(store, over_pool(retriever, store), cfg.depth, data=cfg.data or trained_with.data, seed=cfg.seed, exclude_self=exclude_self)
     if not isinstance(retriever, BM25): stages.evaluation.add("bm25", BM25())
     stages.add("trained", reranker, cfg.alpha)
@@ -123,7 +128,7 @@ def _pool(run) -> Path:
 def _reranked(run, reranker: CrossEncoder, query: str, data: str | None, top_k: int, device: str) -> Ranking:
     "The first stage's best documents in the reranker's order; blended with the first stage where the run measured that the blend is better."
     cfg = _trained_with(Path(run)) or TrainConfig(task="cross")
-    first = load_retriever(cfg.retriever, device=device)
+    first = _retriever(cfg.retriever, _trained_with(Path(run)), device)
     if data: pool = over_pool(first, load_test(data))
     else: pool = LexicalPool.load(_pool(run)) if isinstance(first, BM25) else EncodedPool.load(_pool(run), first)
     figures = Path(run) / "metrics.json"

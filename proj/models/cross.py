@@ -153,6 +153,8 @@ class CrossEncoder:
         **kw,                          # batch_tokens and precision, of `proj.models.dual.outputs`
     ) -> np.ndarray:                   # (p,) float32 log-odds of being relevant
         "The score of each pair; equal pairs are scored once."
+        for i, pair in enumerate(pairs):
+            if isinstance(pair, str) or len(pair) != 2: raise DataError(f"pair {i} is {str(pair)[:60]!r}; expected a query and a document")
         place = {pair: i for i, pair in enumerate(dict.fromkeys(map(tuple, pairs)))}
         distinct = list(zip(*map(checked_texts, zip(*place)))) if place else []
         scores = np.empty(len(distinct), np.float32)
