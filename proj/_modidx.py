@@ -752,6 +752,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'proj.models.dual.inference': ('models.dual.html#inference', 'proj/models/dual.py'),
                                   'proj.models.dual.make_ranking': ('models.dual.html#make_ranking', 'proj/models/dual.py'),
                                   'proj.models.dual.outputs': ('models.dual.html#outputs', 'proj/models/dual.py'),
+                                  'proj.models.dual.ranked': ('models.dual.html#ranked', 'proj/models/dual.py'),
                                   'proj.models.dual.save_model': ('models.dual.html#save_model', 'proj/models/dual.py'),
                                   'proj.models.dual.token_batches': ('models.dual.html#token_batches', 'proj/models/dual.py'),
                                   'proj.models.dual.unique_texts': ('models.dual.html#unique_texts', 'proj/models/dual.py')},

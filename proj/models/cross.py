@@ -7,14 +7,13 @@ __all__ = ['log_odds', 'fresh_parameters', 'check_cross_folder', 'has_head', 'bu
 
 # %% ../../nbs/32_models.cross.ipynb #1e232d9a
 import re, tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 
 from ..core import ConfigError, DataError, ProjError, named, pick_device, read_json, sha256_weights
-from .dual import Ranking, checked_texts, make_ranking, outputs, save_model, unique_texts
+from .dual import Ranking, checked_texts, outputs, ranked, save_model
 from .encoder import PRESETS, dropouts, quiet, resolve, train_tokenizer
 from .safe import check_folder, culprit, items
 
@@ -199,6 +198,4 @@ def blocks(self: CrossEncoder, queries, candidates, size: int = 512):
 @patch
 def rank(self: CrossEncoder, query: str, candidates, top_k: int | None = None, **kw) -> Ranking:
     "The candidates, a list of texts or a mapping id -> text, from best to worst."
-    if not isinstance(candidates, Mapping): candidates = checked_texts(candidates)
-    texts = list(candidates.values()) if isinstance(candidates, Mapping) else candidates
-    return make_ranking(query, candidates, self.score([query], texts, **kw)[0], top_k)
+    return ranked(self, query, candidates, top_k, **kw)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Ranking', 'make_ranking', 'checked_texts', 'unique_texts', 'token_batches', 'feature_batches', 'inference', 'outputs',
-           'encode_texts', 'free_for_model', 'save_model', 'DualEncoder']
+           'encode_texts', 'free_for_model', 'save_model', 'DualEncoder', 'ranked']
 
 # %% ../../nbs/31_models.dual.ipynb #4c0813f1
 import shutil
@@ -231,6 +231,13 @@ class DualEncoder:
         return cls(load_encoder(str(model), **kw), precision)
 
 # %% ../../nbs/31_models.dual.ipynb #95173742
+def ranked(scorer, query: str, candidates, top_k: int | None = None, **kw) -> Ranking:
+    "The candidates, a list of texts or a mapping id -> text, in the order of a scorer."
+    if not isinstance(candidates, Mapping): candidates = checked_texts(candidates)
+    texts = list(candidates.values()) if isinstance(candidates, Mapping) else candidates
+    return make_ranking(query, candidates, scorer.score([query], texts, **kw)[0], top_k)
+
+
 @patch
 def score(self: DualEncoder, queries, candidates, **kw) -> np.ndarray:
     "Similarity (n_q, n_c) of every query to every candidate, float32; equal texts have equal scores."
@@ -252,6 +259,4 @@ def blocks(self: DualEncoder, queries, candidates, size: int = 512):
 @patch
 def rank(self: DualEncoder, query: str, candidates, top_k: int | None = None, **kw) -> Ranking:
     "The candidates, a list of texts or a mapping id -> text, from best to worst."
-    if not isinstance(candidates, Mapping): candidates = checked_texts(candidates)
-    texts = list(candidates.values()) if isinstance(candidates, Mapping) else candidates
-    return make_ranking(query, candidates, self.score([query], texts, **kw)[0], top_k)
+    return ranked(self, query, candidates, top_k, **kw)
