@@ -14,7 +14,6 @@ from fastcore.basics import patch
 
 from .compare import Summary
 from .core import atomic, read_json
-from .pipeline import Sweep
 from .plot import depth_plot, learning_curve, results_plot, score_humps
 from .run import Run, history, save_figure
 
@@ -112,6 +111,7 @@ def verdict(self: Report) -> Page:
 @patch
 def depths(self: Report) -> Page:
     "What the reranker does at each depth."
+    from proj.pipeline import Sweep
     sweep = Sweep(self.metrics["depths"], self.facts_.get("milliseconds"))
     return rows_page(sweep.rows(), head=sweep.head)
 

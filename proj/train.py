@@ -178,6 +178,7 @@ def _save(self: Training, made, best: dict):
     def score(model): return self.score_some(type(self.encoder)(model, "fp32"))
     check_round_trip(self.encoder.model, lambda _: self.encoder.save(self.run / "model", self.card(best)), lambda: self.load(self.run / "model", "fp32").model, score)
     named_by_loss = self.run / f"model__loss-{self.spec.name}"
+    if named_by_loss.is_dir() and not named_by_loss.is_symlink(): shutil.rmtree(named_by_loss)  # of a run folder that was copied
     named_by_loss.unlink(missing_ok=True)
     os.symlink("model", named_by_loss)
 
