@@ -504,7 +504,7 @@ def kind_of(path: Path) -> str:
         return "json"
     except ValueError: pass
     if raw.lstrip()[:9].lower() == b"<!doctype": return "html"
-    return "text" if not raw or path.suffix == ".txt" and raw.decode(errors="replace").replace("\n", "").isprintable() else "unknown"
+    return "text" if not raw or path.suffix in (".txt", ".md") and raw.decode(errors="replace").replace("\n", "").isprintable() else "unknown"
 
 
 def test_kinds_are_told_by_content(tmp_path):
