@@ -54,7 +54,8 @@ summary: setup  ## keep the figures of RUN as nbs/results/default.json, for the 
 
 reranked: setup  ## keep the figures of RUNS of task cross as nbs/results/reranked.json, for the README
 	$(VENV)/bin/python -c "import sys; from proj.core import write_json; from proj.report import Report; \
-	write_json('nbs/results/reranked.json', [{**Report(r).summary(), **{k: Report(r).config[k] for k in ('data', 'retriever', 'depth', 'loss')}} for r in sys.argv[1:]])" $(RUNS)
+	write_json('nbs/results/reranked.json', [dict(metrics={k: r.results()[k] for k in ('pool', 'systems', 'differences')}, \
+	  **{k: r.config[k] for k in ('data', 'retriever', 'depth', 'loss')}, leaking=r.facts_['guard']['leaking_queries']['test'], versions=r.facts_['versions']) for r in map(Report, sys.argv[1:])])" $(RUNS)
 
 clean:  ## remove caches and builds; runs and the virtual environment stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis _proc _docs
