@@ -101,7 +101,7 @@ class Bench(list):
     def cells(self) -> list[tuple]:
         "Rows of text."
         def difference(row): return (self.facts["reference"], figure_text(row["difference"], "+"), f"{row['p_holm']:.4f}") if "difference" in row else ("", "", "")
-        return [(row["loss"], figure_text(row["ndcg@10"]), figure_text(row["mrr"]), *difference(row), *(f"{row[name]:{form}}" if name in row else "" for name, form in
+        return [(row["loss"], figure_text(row["ndcg@10"]), figure_text(row["mrr"]), *difference(row), *(f"{row[name]:{form}}" if row.get(name) is not None else "" for name, form in
                  (("seed_sd", ".4f"), ("seconds", ".0f"), ("peak_mib", ",.0f"))), "collapsed" if row.get("collapsed") else "") for row in self]
 
     def verdict(self) -> str:
@@ -162,7 +162,7 @@ def compared(
     for row, found, by_seed in zip(rows, runs.values(), seeds):
         facts = [run.facts for run in found]
         flat = [read_json(run / "metrics.json")["collapsed"]["trained"] for run in found]
-        row |= dict(seed_sd=float(by_seed["ndcg@10"].std(ddof=1)) if len(found) > 1 else 0.0, by_seed=by_seed["ndcg@10"].tolist(), collapsed=max(flat) > 0.5,
+        row |= dict(seed_sd=float(by_seed["ndcg@10"].std(ddof=1)) if len(found) > 1 else None, by_seed=by_seed["ndcg@10"].tolist(), collapsed=max(flat) > 0.5,
                     seconds=float(np.mean([f["seconds"]["training"] for f in facts])), peak_mib=max(f["peak_mib"] for f in facts))
     others = [row for row in rows if row["loss"] != reference]
     values = {name: list(by_metric["ndcg@10"].values()) for name, by_metric in means.items()}
