@@ -724,6 +724,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'proj.models.cross.check_cross_folder': ('models.cross.html#check_cross_folder', 'proj/models/cross.py'),
                                    'proj.models.cross.fresh_parameters': ('models.cross.html#fresh_parameters', 'proj/models/cross.py'),
                                    'proj.models.cross.has_head': ('models.cross.html#has_head', 'proj/models/cross.py'),
+                                   'proj.models.cross.heads': ('models.cross.html#heads', 'proj/models/cross.py'),
                                    'proj.models.cross.load_cross': ('models.cross.html#load_cross', 'proj/models/cross.py'),
                                    'proj.models.cross.log_odds': ('models.cross.html#log_odds', 'proj/models/cross.py'),
                                    'proj.models.cross.silent': ('models.cross.html#silent', 'proj/models/cross.py')},
