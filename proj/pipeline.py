@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from scipy.special import expit
 
 from .candidates import looked_up
-from .compare import Summary, figure_text, summarise
+from .compare import figure_text, summarise
 from .core import ConfigError, DataError, atomic, log
 from .data.store import Store
 from .evaluate import EncodedPool, Evaluation
