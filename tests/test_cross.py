@@ -190,6 +190,7 @@ def tiny(outputs=1):
 def test_the_gradients_of_cached_mnr_are_those_of_mnr():
     "A batch of 12 with a negative each, in pieces of 5; the same negatives are drawn."
     model = tiny().double()
+    model.set_keep_in_fp32_modules([])  # a head in fp32 would round what is compared here
     columns, found = [[row["query"] for row in SAMPLE[:12]], [row["code"] for row in SAMPLE[:12]], [row["negatives"][0] for row in SAMPLE[:12]]], []
     for name in ("mnr", "cached_mnr"):
         loss = make_loss(name, model, task="cross")
