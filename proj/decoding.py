@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOPS', 'LENGTHS', 'QUALITY', 'Decoder', 'word_metrics', 'places_of', 'evaluate_decoders', 'by_length', 'by_quality',
-           'unreachable', 'dropped', 'robustness', 'milliseconds', 'confused_letters', 'confusion_plot']
+           'unreachable', 'dropped', 'robustness', 'milliseconds', 'confused_letters', 'confusion_plot', 'Elsewhere']
 
 # %% ../nbs/57_decoding.ipynb #ce2bcf55
 import time
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from .compare import Summary, mean_interval, summarise
 from .core import ConfigError, DataError, rng
-from .data.keyboards import Keyboard
+from .data.keyboards import Keyboard, carried
 from .data.swipes import Swipe
 from .models.dual import Ranking, make_ranking
 from .plot import COLOURS, new_axes
@@ -179,3 +179,26 @@ def confusion_plot(
     ax.set(xlabel="distance on the keyboard, key widths", ylabel="share")
     ax.legend(frameon=False, fontsize=8)
     return ax
+
+# %% ../nbs/57_decoding.ipynb #253b4e61
+class Elsewhere:
+    "A scorer of one keyboard, used on another one."
+    def __init__(
+        self,
+        scorer,              # has predict(path, words)
+        home: Keyboard,      # the one it has learned
+        keyboard: Keyboard,  # the one it is used on
+    ):
+        self.scorer, (low, size), (left, wide) = scorer, _box(home), _box(keyboard)
+        self.scale = size / wide
+        self.shift = low - left * self.scale
+        there = keyboard.centres * self.scale + self.shift                                       # (keys, 2) in the home keyboard's coordinates
+        nearest = np.hypot(*(there[:, None] - home.centres).transpose(2, 0, 1)).argmin(1)
+        self.letters = {ord(key): home.keys[at] for key, at in zip(keyboard.keys, nearest)}
+
+    def predict(self, path, words): return self.scorer.predict(carried(np.asarray(path, float), self.scale, self.shift), [word.translate(self.letters) for word in words])
+
+
+def _box(keyboard: Keyboard):
+    low = keyboard.centres.min(0)
+    return low, keyboard.centres.max(0) - low

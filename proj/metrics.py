@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'NEEDS_CUT', 'DEFAULT', 'place_in_group', 'Ranks', 'reciprocal_rank', 'hit', 'ndcg', 'recall', 'precision',
-           'average_precision', 'parse_metric', 'compute', 'ranks_in_matrix', 'ranks_in_run', 'ledger', 'write_ledger',
-           'read_ledger', 'of_system', 'ledger_values']
+           'average_precision', 'metric_name', 'parse_metric', 'compute', 'ranks_in_matrix', 'ranks_in_run', 'ledger',
+           'write_ledger', 'read_ledger', 'of_system', 'ledger_values']
 
 # %% ../nbs/50_metrics.ipynb #a80403a1
 from dataclasses import dataclass
@@ -97,6 +97,11 @@ def average_precision(ranks: Ranks, k=None) -> np.ndarray:
 METRICS = dict(mrr=reciprocal_rank, ndcg=ndcg, recall=recall, p=precision, map=average_precision, hit=hit)
 NEEDS_CUT = {"recall", "p", "hit"}
 DEFAULT = ["mrr", "mrr@10", "ndcg@10", "recall@1", "recall@5", "recall@10", "recall@100", "map"]
+
+
+def metric_name(metric: str) -> str:
+    "As it is written in a sentence: MRR@10, pairwise accuracy."
+    return metric.upper() if metric.split("@")[0] in ("mrr", "map", "ndcg", "apgr", "aiq") else metric.replace("_", " ")
 
 
 def parse_metric(

@@ -20,29 +20,33 @@ from .batches import LengthBatches, padding_share
 from .checkpoint import best_of, checkpoints, ended, newest_good, trainer_state
 from .compare import earliest_within
 from .data.guard import guard
+from .data.sources import Parts
 from .evaluate import Evaluation
 from .losses.contrast import check_legal, loss_named
 from .manifest import faults, write_manifest
 from .models.tune import check_round_trip, merge, tune
 from .negatives import refresh_callback
-from .report import write_report
+from .metrics import compute, metric_name
+from .report import Report, head, rows_page, write_report
 from .run import Run, finish, log_step, step
 from .start import begin, load_parts, same_parameters, same_start
 from .trainer import check_report_to, history_callback, text_trainer, trainer_arguments, validation
 
 # %% ../nbs/61_train.ipynb #d1901edf
-TASKS = dict(dual="proj.tasks.dual.DualTraining", cross="proj.tasks.cross.CrossTraining")
+TASKS = dict(dual="proj.tasks.dual.DualTraining", cross="proj.tasks.cross.CrossTraining", swipe="proj.tasks.swipe.SwipeTraining")
 
 
 def training(cfg: TrainConfig, command: str = "proj.fit", **kw) -> "Training":
     "The training of a config's task; further arguments are the task's."
-    module, name = named("task", cfg.task, TASKS).rsplit(".", 1)
+    task = same_parameters(cfg, cfg.out).task if cfg.resume and cfg.out and Path(cfg.out, "run.json").is_file() else cfg.task
+    module, name = named("task", task, TASKS).rsplit(".", 1)
     return getattr(import_module(module), name)(cfg, command, **kw)
 
 # %% ../nbs/61_train.ipynb #cb7db5e0
 class Training:
     "One training run: what it loads, measures, trains and writes. A task gives `make_encoder`, `load`, `check`, `baselines`, `rows`, `measures`, `loss`, `ranks`, `library`, `score_some`, `test`."
     evaluations, rounds = 8, None  # during training; mined negatives that change on the way
+    monitor = "mrr"                # the validation's metric, by which checkpoints are chosen
     extra = frozenset()            # what the data will have although it has it not: negatives that are mined
 
     def __init__(
@@ -50,15 +54,15 @@ class Training:
         cfg: TrainConfig,
         command: str = "proj.fit",  # how it was started, for run.json
     ):
-        loss_named(cfg.loss, cfg.task)  # a wrong name should not wait for the data
+        if not cfg.resume: loss_named(cfg.loss, cfg.task)  # a wrong name should not wait for the data
         device = pick_device(cfg.device)
         self.precision = pick_precision(cfg.precision, device)
         self.run, cfg, self.resumed = begin(cfg, command)
         self.cfg, self.spec, self.device = cfg, loss_named(cfg.loss, cfg.task), pick_device(cfg.device)
         self.precision = self.run.facts.get("precision") or self.precision
         with step(self.run, "loading"):
-            self.parts = load_parts(cfg, self.run / "rejects.jsonl")
-            if leader() and "guard" not in self.run.facts: self.run.update(guard=guard(dict(self.parts.parts()), cfg.allow_leak, self.run.folder))
+            self.parts = self.read()
+            if leader() and "guard" not in self.run.facts: self.run.update(guard=self.guarded())
             self.check()
             check_report_to(cfg.report_to)
             self._same_threads()
@@ -68,6 +72,20 @@ class Training:
             same_start(self.run.facts, facts := self.facts(), self.run.folder)
             self.run.update(**facts)
         log.info("%s", self)
+
+    def read(self) -> Parts:
+        "The data, cut."
+        return load_parts(self.cfg, self.run / "rejects.jsonl")
+
+    def guarded(self) -> dict:
+        "What the leak guard finds; a GateError where it is not allowed."
+        return guard(dict(self.parts.parts()), self.cfg.allow_leak, self.run.folder)
+
+    def preview(self):
+        "A few training examples."
+        train = self.parts.train
+        some = list(zip(train.query_rows, train.document_rows))[::max(1, len(train.query_rows) // 5)][:5]
+        return rows_page([(head(train.query_texts[q], 70), head(train.document_texts[d], 70)) for q, d in some], head=("query", "positive"))
 
     def check(self):
         "Whether loss and data fit; sets `shape`."
@@ -80,7 +98,7 @@ class Training:
     def facts(self) -> dict:
         "What goes into run.json beside the config."
         import torch
-        return dict(loss_class=self.spec.path, shape=self.shape, device=self.device, precision=self.precision, threads=torch.get_num_threads(),
+        return dict(loss_class=self.spec.path, shape=self.shape, monitor=self.monitor, device=self.device, precision=self.precision, threads=torch.get_num_threads(),
                     processes=processes(), data=self.parts.facts(), weights_at_start=self.encoder.weights_hash(), parameters=self.tuned.total, trainable=self.tuned.trainable)
 
     def __repr__(self):
@@ -94,6 +112,12 @@ class Training:
 
 # %% ../nbs/61_train.ipynb #8c8f6c40
 @patch
+def validate(self: Training) -> np.ndarray:
+    "The monitored metric of each validation query, with the weights as they are."
+    return compute(self.ranks(), [self.monitor])[self.monitor]
+
+
+@patch
 def trainer(self: Training):
     "The trainer over the rendered rows, with our batches, validation and history."
     from datasets import Dataset
@@ -103,27 +127,28 @@ def trainer(self: Training):
     rows = self.rows()
     lengths, keys = self.measures(rows)
     sampler = LengthBatches(lengths, keys, cfg.batch_size or self.spec.batch_size, cfg.seed, processes())
-    args = trainer_arguments(cfg, self.run, sampler, self.device, self.precision, library.training_args_class, self.evaluations)
+    args = trainer_arguments(cfg, self.run / "checkpoints", sampler, self.device, self.precision, library.training_args_class, self.evaluations)
     self.run.update(rows=len(lengths), batch_size=sampler.rows, steps=args.max_steps, tokens_an_epoch=int(lengths.sum()),
                     padding_share=round(padding_share(lengths, sampler.batches()), 4))
-    callbacks = [history_callback(self.run)] + ([EarlyStoppingCallback(cfg.early_stopping)] if cfg.early_stopping else [])
+    callbacks = [history_callback(self.run, self.monitor)] + ([EarlyStoppingCallback(cfg.early_stopping)] if cfg.early_stopping else [])
     if cfg.negatives.refresh_every: callbacks.append(refresh_callback(self.rounds, cfg.warmup, partial(log_step, self.run)))
     made = text_trainer(library, sampler, self.run, 2 if cfg.keep == "best" else None, self.rounds)(
-        model=self.encoder.model, args=args, train_dataset=Dataset.from_dict(rows), loss=self.loss(), callbacks=callbacks, evaluator=validation(self.ranks))
+        model=self.encoder.model, args=args, train_dataset=Dataset.from_dict(rows), loss=self.loss(), callbacks=callbacks, evaluator=validation(self.validate, self.monitor))
     made.remove_callback(PrinterCallback)
     return made
 
 # %% ../nbs/61_train.ipynb #25138284
 @patch
-def _start(self: Training) -> Path | None:
+def _start(self: Training, made, phase: str | None = None) -> Path | None:
     "The checkpoint to go on from, with its history; None to start from the beginning."
-    found = newest_good(self.run / "checkpoints") if self.resumed else None
+    found = newest_good(made.args.output_dir) if self.resumed else None
     if not leader(): return found
+    before = found / "metrics.jsonl" if found else self.run / "phases" / "metrics.jsonl"  # of what was trained before
     (self.run / "metrics.jsonl").unlink(missing_ok=True)
-    if found:
-        with atomic(self.run / "metrics.jsonl") as f: f.write((found / "metrics.jsonl").read_text(encoding="utf-8"))
-        log.info("going on from step %d", trainer_state(found)["global_step"])
-    if self.resumed: self.run.update(resumed=[*self.run.facts.get("resumed", []), trainer_state(found)["global_step"] if found else 0])
+    if before.is_file():
+        with atomic(self.run / "metrics.jsonl") as f: f.write(before.read_text(encoding="utf-8"))
+    if found: log.info("going on from step %d%s", trainer_state(found)["global_step"], f" of {phase}" if phase else "")
+    if self.resumed and not phase: self.run.update(resumed=[*self.run.facts.get("resumed", []), trainer_state(found)["global_step"] if found else 0])
     return found
 
 
@@ -137,10 +162,10 @@ def _first_round(self: Training, made, start: Path | None):
 
 
 @patch
-def _run(self: Training, made):
+def _run(self: Training, made, phase: str | None = None):
     "Train to the end, from wherever."
     from transformers import TrainerState
-    with made.accelerator.main_process_first(): start = self._start()
+    with made.accelerator.main_process_first(): start = self._start(made, phase)
     made.args.eval_on_start = start is None
     if self.rounds: self._first_round(made, start)
     if start and ended(start): made.state = TrainerState.load_from_json(start / "trainer_state.json")
@@ -149,10 +174,10 @@ def _run(self: Training, made):
 # %% ../nbs/61_train.ipynb #3132f7f0
 @patch
 def _choose(self: Training, made) -> tuple[Path, float]:
-    "The checkpoint that becomes the model, and its validation MRR."
+    "The checkpoint that becomes the model, and its validation metric."
     state, folder = made.state, self.run / "checkpoints"
     if self.cfg.keep == "best": return folder / f"checkpoint-{state.best_global_step}", state.best_metric
-    values = {trainer_state(c)["global_step"]: np.array(read_json(c / "validation.json")["mrr"]) for c in checkpoints(folder)}
+    values = {trainer_state(c)["global_step"]: np.array(read_json(c / "validation.json")[self.monitor]) for c in checkpoints(folder)}
     chosen = earliest_within(values, self.cfg.seed)
     return folder / f"checkpoint-{chosen}", float(values[chosen].mean())
 
@@ -166,8 +191,14 @@ def card(self: Training, best: dict) -> str:
     return (f"---\nlibrary_name: sentence-transformers\ntags: [{c.task}, {c.loss}]\n---\n# {c.init_from or c.model}, loss {self.spec.name}\n\n"
             f"A {name} that began as `{c.init_from or c.model}` and was trained with `{self.spec.name}` (`{self.spec.path}`), fed {self.shape} of `{data['name']}` "
             f"({sizes} queries): step {best['step']:,} of {best['of']:,}, batch {f['batch_size']}, learning rate {c.lr:g}, seed {c.seed}. "
-            f"{self.tuned.method}: {self.tuned.trainable:,} of {self.tuned.total:,} parameters were trained. Validation MRR {best['mrr']:.4f}; what it measured on "
+            f"{self.tuned.method}: {self.tuned.trainable:,} of {self.tuned.total:,} parameters were trained. Validation {metric_name(self.monitor)} {best[self.monitor]:.4f}; what it measured on "
             f"test data is in the run's `metrics.json`.\n\n    from proj import {name}\n    {name}.load(FOLDER).rank(\"query\", [\"one document\", \"another\"])\n")
+
+
+@patch
+def wrapped(self: Training, model):
+    "The task's scorer around a model, in full precision."
+    return type(self.encoder)(model, "fp32")
 
 
 @patch
@@ -175,7 +206,7 @@ def _save(self: Training, made, best: dict):
     "Fold adapters into the weights, write model/, and score with what was written."
     made.accelerator.unwrap_model(self.encoder.model, keep_fp32_wrapper=False)  # else it computes in bf16 for good
     merge(self.encoder.model)
-    def score(model): return self.score_some(type(self.encoder)(model, "fp32"))
+    def score(model): return self.score_some(self.wrapped(model))
     check_round_trip(self.encoder.model, lambda _: self.encoder.save(self.run / "model", self.card(best)), lambda: self.load(self.run / "model", "fp32").model, score)
     named_by_loss = self.run / f"model__loss-{self.spec.name}"
     if named_by_loss.is_dir() and not named_by_loss.is_symlink(): shutil.rmtree(named_by_loss)  # of a run folder that was copied
@@ -189,11 +220,12 @@ def _restore(self: Training, made):
     best, expected = self._choose(made)
     if found := faults(best): raise GateError(f"{found[0]}; the best checkpoint is gone, {self.run.folder} keeps the history: train again")
     made._load_from_checkpoint(str(best))
-    again = made.evaluator(self.encoder.model)["mrr"]
+    again = made.evaluator(self.encoder.model)[self.monitor]
     if abs(again - expected) > 1e-6:
-        raise GateError(f"the restored model gives a validation MRR of {again:.6f}, but {expected:.6f} was logged; the checkpoint is not what it was")
-    self._save(made, dict(step=trainer_state(best)["global_step"], of=made.state.global_step, mrr=again))
-    self.run.update(best=dict(step=trainer_state(best)["global_step"], mrr=again, of=made.state.global_step), weights=self.encoder.weights_hash())
+        raise GateError(f"the restored model gives a validation {metric_name(self.monitor)} of {again:.6f}, but {expected:.6f} was logged; the checkpoint is not what it was")
+    chosen = {"step": trainer_state(best)["global_step"], "of": made.state.global_step, self.monitor: again}
+    self._save(made, chosen)
+    self.run.update(best=chosen, weights=self.encoder.weights_hash())
 
 
 @patch
@@ -203,7 +235,7 @@ def _keep(self: Training, made):
     if not newest: return
     made._load_from_checkpoint(str(best_of(newest)))
     state = trainer_state(newest)
-    self._save(made, best := dict(step=state["best_global_step"], mrr=state["best_metric"], of=state["global_step"]))
+    self._save(made, best := {"step": state["best_global_step"], "of": state["global_step"], self.monitor: state["best_metric"]})
     self.run.update(best=best)
 
 

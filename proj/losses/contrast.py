@@ -26,6 +26,7 @@ NEEDS = {  # shape -> what the data must have, in the store's words
     "taught n-tuples": {"pairs", "negatives", "teacher_scores"},
     "lists": {"pairs", "negatives"},
     "taught lists": {"pairs", "negatives", "teacher_scores"},
+    "groups": set(),  # of other tasks: a query, what is right and what is wrong, drawn on the way
 }
 
 # %% ../../nbs/20_losses.contrast.ipynb #7ef521c2
@@ -114,7 +115,13 @@ _cross = [
     LossSpec("adr_mse", _ce + "ADRMSELoss", _taught, "lambda when grades are only right and wrong", **_list),
 ]
 
-LOSSES = {"dual": {spec.name: spec for spec in [*_in_batch, *_explicit, *_distillation]}, "cross": {spec.name: spec for spec in _cross}}  # task -> name -> spec
+_swipe = [
+    LossSpec("mnr", "proj.losses.swipe.GroupLoss", ("groups",), "softmax when scores are to have no bounds", batch_size=16, temperature=0.1, scale=True),
+    LossSpec("softmax", "proj.losses.swipe.GroupLoss", ("groups",), "mnr when a few scores grow without bounds", batch_size=16, temperature=1.0, scale=True, options=dict(squash=False)),
+]
+
+LOSSES = {"dual": {spec.name: spec for spec in [*_in_batch, *_explicit, *_distillation]}, "cross": {spec.name: spec for spec in _cross},
+          "swipe": {spec.name: spec for spec in _swipe}}  # task -> name -> spec
 
 # %% ../../nbs/20_losses.contrast.ipynb #ffa311ec
 _classes = "eats single texts with class labels, which a query and document data set does not have"

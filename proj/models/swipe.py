@@ -20,7 +20,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForPreTraining, AutoMo
                           PreTrainedModel)
 from transformers.utils import ModelOutput
 
-from ..core import ConfigError, DataError, ProjError, disk_error, named, pick_device, pick_precision, read_json
+from ..core import ConfigError, DataError, ProjError, disk_error, named, pick_device, pick_precision, read_json, sha256_weights
 from ..data.swipes import CLS, MASK, PAD, SEP, SYMBOLS
 from ..manifest import replace_folder, write_manifest
 from .dual import Ranking, free_for_model, make_ranking
@@ -32,6 +32,7 @@ from .safe import check_folder
 SIZES = {  # name -> width, layers, heads, width of the feed-forward layers
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "tiny": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024),
+    "mini": dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512),
 }
 
 
@@ -51,7 +52,7 @@ class SwipeConfig(PreTrainedConfig):
 
 
 def swipe_config(
-    size: str = "base",                       # base or tiny
+    size: str = "base",                       # base, tiny or mini
     processor: SwipeProcessor | None = None,  # channels and lengths; the default processor's when not given
     **change,                                 # of any value
 ) -> SwipeConfig:
@@ -245,6 +246,7 @@ class SwipeScorer:
         self.device = pick_device(device)
         self.model, self.processor, self.precision, self.batch_size = model.eval().to(self.device), processor, pick_precision(precision, self.device), batch_size
 
+    def weights_hash(self) -> str: return sha256_weights(self.model)
     def __repr__(self): return f"SwipeScorer({sum(p.numel() for p in self.model.parameters()):,} parameters, {self.model.config.channels} channels)"
 
     def _run(self, module, paths, words) -> np.ndarray:
@@ -298,13 +300,14 @@ def encode(self: SwipeScorer, paths, words) -> np.ndarray:  # (n, d)
 
 # %% ../../nbs/35_models.swipe.ipynb #dfb1d357
 @patch
-def save(self: SwipeScorer, folder):
-    "Model, processor and manifest in a folder of their own; a model that is there is replaced when the new one is complete."
+def save(self: SwipeScorer, folder, card: str = ""):
+    "Model, processor, card and manifest in a folder of their own; a model that is there is replaced when the new one is complete."
     target = free_for_model(folder)
     new = target.with_name(f".{target.name}.part")
     try:
         shutil.rmtree(new, ignore_errors=True)
         for part in (self.model, self.processor): part.save_pretrained(str(new))
+        if card: (new / "README.md").write_text(card, encoding="utf-8")
         write_manifest(new)
         replace_folder(new, target)
     except OSError as e: raise disk_error(folder, e) from e
