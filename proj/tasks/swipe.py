@@ -118,7 +118,7 @@ def behind(
     np.put_along_axis(found, top, better, 1)
     return found
 
-
+# %% ../../nbs/77_tasks.swipe.ipynb #949a4d51
 SAID = (0.0, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.02, 0.03, 0.05)  # keyboard widths that a point of the cross-encoder's score is worth
 
 
