@@ -79,6 +79,20 @@ class Product(nn.Module):
 HEADS = {"concat": Concat, "product": Product}
 
 # %% ../../nbs/33_models.router.ipynb #7799ccfb
+def _names(names) -> list[str]:
+    found = list(names)
+    if isinstance(names, str) or not found or not all(isinstance(n, str) and n for n in found): raise ConfigError(f"names is {str(names)[:60]!r}; expected a list of names of language models")
+    if twice := next((n for n in found if found.count(n) > 1), None): raise ConfigError(f"names has '{twice}' twice; name every language model once")
+    return found
+
+
+def _base(base, names) -> torch.Tensor:
+    if isinstance(base, Mapping): base = [base[n] if n in base else named("model in base", n, base) for n in names]
+    found = torch.zeros(len(names)) if base is None else torch.as_tensor(base, dtype=torch.float32).clone()
+    if found.shape != (len(names),) or not found.isfinite().all(): raise DataError(f"base is {tuple(found.shape)}; expected {len(names)} finite scores, one for each model")
+    return found
+
+# %% ../../nbs/33_models.router.ipynb #d33beac1
 class RouterModel(nn.Module):
     "Prompt encoder, model table and head."
     def __init__(
@@ -112,35 +126,25 @@ class RouterModel(nn.Module):
     @property
     def prompt(self) -> str | None: return self.encoder.prompts.get("query" if "query" in self.encoder.prompts else self.encoder.default_prompt_name)
 
-    def prompts_side(self, vectors: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:  # (b, d), (b, f) -> (b, h)
-        "What the head makes of prompts."
-        given = 0 if features is None else features.shape[-1]
-        if given != self.features: raise DataError(f"got {given} features a prompt, the router was made for {self.features}; pass a (prompts, {self.features}) matrix")
-        vectors = vectors[:, :self.encoder.get_embedding_dimension()].float()
-        return self.head.prompt_side(vectors if features is None else torch.cat([vectors, features.to(vectors)], -1))
-
-    def forward(self, batch: dict) -> torch.Tensor:  # (b, m), or (b, k) where the batch names models; logits
-        "Scores of a batch as `collate` makes it, in fp32 from the encoder on."
-        vectors, rows, ids = self.encoder({**batch["prompts"]}, task="query")["sentence_embedding"], batch.get("rows"), batch.get("models")
-        with torch.autocast(vectors.device.type, enabled=False):
-            x = self.prompts_side(vectors if rows is None else vectors[rows], batch.get("features"))[:, None]  # (b, 1, h)
-            side, base = self.head.model_side(self.models.weight), self.base
-            if ids is not None: side, base = side[ids.clamp(min=0)], base[ids.clamp(min=0)]  # (b, k, h); -1 is padding, which the mask takes out
-            return base + self.head(x, side)
+# %% ../../nbs/33_models.router.ipynb #4aee1d6d
+@patch
+def prompts_side(self: RouterModel, vectors: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:  # (b, d), (b, f) -> (b, h)
+    "What the head makes of prompts."
+    given = 0 if features is None else features.shape[-1]
+    if given != self.features: raise DataError(f"got {given} features a prompt, the router was made for {self.features}; pass a (prompts, {self.features}) matrix")
+    vectors = vectors[:, :self.encoder.get_embedding_dimension()].float()
+    return self.head.prompt_side(vectors if features is None else torch.cat([vectors, features.to(vectors)], -1))
 
 
-def _names(names) -> list[str]:
-    found = list(names)
-    if isinstance(names, str) or not found or not all(isinstance(n, str) and n for n in found): raise ConfigError(f"names is {str(names)[:60]!r}; expected a list of names of language models")
-    if twice := next((n for n in found if found.count(n) > 1), None): raise ConfigError(f"names has '{twice}' twice; name every language model once")
-    return found
-
-
-def _base(base, names) -> torch.Tensor:
-    if isinstance(base, Mapping): base = [base[n] if n in base else named("model in base", n, base) for n in names]
-    found = torch.zeros(len(names)) if base is None else torch.as_tensor(base, dtype=torch.float32).clone()
-    if found.shape != (len(names),) or not found.isfinite().all(): raise DataError(f"base is {tuple(found.shape)}; expected {len(names)} finite scores, one for each model")
-    return found
+@patch
+def forward(self: RouterModel, batch: dict) -> torch.Tensor:  # (b, m), or (b, k) where the batch names models; logits
+    "Scores of a batch as `collate` makes it, in fp32 from the encoder on."
+    vectors, rows, ids = self.encoder({**batch["prompts"]}, task="query")["sentence_embedding"], batch.get("rows"), batch.get("models")
+    with torch.autocast(vectors.device.type, enabled=False):
+        x = self.prompts_side(vectors if rows is None else vectors[rows], batch.get("features"))[:, None]  # (b, 1, h)
+        side, base = self.head.model_side(self.models.weight), self.base
+        if ids is not None: side, base = side[ids.clamp(min=0)], base[ids.clamp(min=0)]  # (b, k, h); -1 is padding, which the mask takes out
+        return base + self.head(x, side)
 
 # %% ../../nbs/33_models.router.ipynb #3a1d225d
 def padded(rows, fill: float, dtype) -> torch.Tensor:  # (b, longest)
@@ -148,6 +152,23 @@ def padded(rows, fill: float, dtype) -> torch.Tensor:  # (b, longest)
     return nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=dtype) for row in rows], batch_first=True, padding_value=fill)
 
 
+def _targets(rows, counts) -> torch.Tensor:  # (b,) or (b, k)
+    "Labels, or true scores padded with NaN."
+    if not any(np.ndim(row) for row in rows): return torch.as_tensor(rows, dtype=torch.float32)
+    odd = next((i for i, (row, k) in enumerate(zip(rows, counts)) if np.shape(row) != (k,)), None)
+    if odd is not None: raise DataError(f"row {odd} has targets of shape {np.shape(rows[odd])} for {counts[odd]} models; pass a true score for each, NaN where unknown")
+    return padded(rows, float("nan"), torch.float32)
+
+
+@patch
+def positions(self: RouterModel, models) -> list[int]:
+    "Positions of language models, which are given by name or position."
+    place = {name: i for i, name in enumerate(self.names)}
+    found = [named("model", m, place) if isinstance(m, str) else int(m) for m in models]
+    if odd := [i for i in found if not 0 <= i < len(self.names)]: raise DataError(f"model {odd[0]} of {len(self.names)}; expected a position from 0 to {len(self.names) - 1}")
+    return found
+
+# %% ../../nbs/33_models.router.ipynb #867bbbad
 @patch
 def collate(
     self: RouterModel,
@@ -167,23 +188,8 @@ def collate(
     if models is not None:
         batch["models"] = padded([self.positions(row) for row in given["models"]], -1, torch.long)
         batch["mask"] = batch["models"] >= 0
-    if targets is not None:
-        lists = [np.ndim(value) for value in given["targets"]]
-        if any(lists):
-            wanted = [len(row) for row in given["models"]] if models is not None else [len(self.names)] * len(rows)
-            odd = next((i for i, (row, k) in enumerate(zip(given["targets"], wanted)) if np.shape(row) != (k,)), None)
-            if odd is not None: raise DataError(f"row {odd} has targets of shape {np.shape(given['targets'][odd])} for {wanted[odd]} models; pass a true score for each, NaN where unknown")
-        batch["targets"] = padded(given["targets"], float("nan"), torch.float32) if any(lists) else torch.as_tensor(given["targets"], dtype=torch.float32)
+    if targets is not None: batch["targets"] = _targets(given["targets"], [len(row) for row in given["models"]] if models is not None else [len(self.names)] * len(rows))
     return batch
-
-
-@patch
-def positions(self: RouterModel, models) -> list[int]:
-    "Positions of language models, which are given by name or position."
-    place = {name: i for i, name in enumerate(self.names)}
-    found = [named("model", m, place) if isinstance(m, str) else int(m) for m in models]
-    if odd := [i for i in found if not 0 <= i < len(self.names)]: raise DataError(f"model {odd[0]} of {len(self.names)}; expected a position from 0 to {len(self.names) - 1}")
-    return found
 
 # %% ../../nbs/33_models.router.ipynb #fe5b196c
 class Router:
@@ -254,7 +260,7 @@ def logits(
     back = {i: n for n, i in enumerate(kinds)}
     return found[[back[first[key]] for key in keys]]
 
-
+# %% ../../nbs/33_models.router.ipynb #aca24ebc
 @patch
 @torch.inference_mode()
 def _headed(self: Router, vectors, features, weight, base) -> np.ndarray:
@@ -307,8 +313,9 @@ def route(
 ) -> Routes:
     "The best model for each prompt; the best that a budget allows; or the strong of two where it is ahead by a threshold."
     if threshold is None and (strong or weak): raise ConfigError("strong and weak go with a threshold; pass threshold=, or leave them out")
-    if threshold is not None and (budget is not None or models is not None): raise ConfigError("a threshold decides between strong and weak; leave budget and models out")
-    if threshold is not None and not (strong and weak and np.isfinite(threshold)): raise ConfigError(f"threshold is {threshold}; it has to be finite, and to be told both models: strong= and weak=")
+    if threshold is not None and (budget is not None or models is not None): raise ConfigError("a threshold decides between strong and weak alone; leave budget and models out")
+    if threshold is not None and not (strong and weak): raise ConfigError("a threshold decides between two models; pass strong= and weak=")
+    if threshold is not None and not np.isfinite(threshold): raise ConfigError(f"threshold is {threshold}; expected a finite number")
     if budget is not None and cost is None: raise ConfigError("a budget needs the cost of every model; pass cost={model: cost}")
     prompts = checked_texts(prompts)
     models = [strong, weak] if threshold is not None else sorted(self.names if models is None else models)
@@ -349,6 +356,15 @@ def save(self: Router, folder, card: str = ""):
     except OSError as e: raise disk_error(folder, e) from e
     finally: shutil.rmtree(new, ignore_errors=True)
 
+# %% ../../nbs/33_models.router.ipynb #a515581b
+def _check_shapes(path, found, encoder, names, dim, features, head, hidden_dims, dropout, frozen):
+    "A DataError unless the weights are of this shape; nothing is allocated for what a file only claims."
+    with torch.device("meta"): made = named("head", head, HEADS)(encoder.get_embedding_dimension() + features, dim, hidden_dims, dropout)
+    expected = {"base": (len(names),), "models.weight": (len(names), dim), **{f"head.{name}": tuple(p.shape) for name, p in made.named_parameters()}}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise DataError(f"{path / WEIGHTS}: {name} is {found.get(name, 'missing')}, {SHAPE} makes it {expected.get(name, 'superfluous')}; the two do not belong together")
+
 
 @patch(cls_method=True)
 def load(
@@ -368,14 +384,13 @@ def load(
     check_folder(path)
     config = read_json(path / SHAPE)
     if not isinstance(config, dict) or config.get("kind") != KIND: raise DataError(f"{path / SHAPE}: not a router's; expected a folder that Router.save wrote")
-    found = shapes(path / WEIGHTS)
-    options = {name: config.get(name) for name in ("features", "frozen", "head", "hidden_dims", "dropout")}
-    if len(found.get("models.weight", ())) != 2: raise DataError(f"{path / WEIGHTS}: no vectors of models; expected a folder that Router.save wrote")
-    try: model = RouterModel(load_folder(path / "encoder", pick_device(device), dropout), config["models"], vectors=torch.zeros(found["models.weight"]), **options)
-    except (KeyError, TypeError) as e: raise DataError(f"{path / SHAPE}: {' '.join(str(e).split())}; expected a folder that Router.save wrote") from e
-    expected = {name: tuple(t.shape) for name, t in own_state(model).items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise DataError(f"{path / WEIGHTS}: {name} is {found.get(name, 'missing')}, {SHAPE} makes it {expected.get(name, 'superfluous')}; the two do not belong together")
+    found, options = shapes(path / WEIGHTS), {name: config.get(name) for name in ("features", "frozen", "head", "hidden_dims", "dropout")}
+    vectors = found.get("models.weight", ())
+    if len(vectors) != 2: raise DataError(f"{path / WEIGHTS}: no vectors of models; expected a folder that Router.save wrote")
+    encoder = load_folder(path / "encoder", pick_device(device), dropout)
+    try:
+        _check_shapes(path, found, encoder, config["models"], vectors[1], **options)
+        model = RouterModel(encoder, config["models"], vectors=torch.zeros(vectors), **options)
+    except (LookupError, TypeError, ValueError, RuntimeError) as e: raise DataError(f"{path / SHAPE}: {' '.join(str(e).split())[:200]}; expected a folder that Router.save wrote") from e
     model.load_state_dict(load_file(str(path / WEIGHTS)), strict=False)  # the encoder's are there already
     return cls(model.eval(), config.get("transform"), **kw)
