@@ -197,7 +197,7 @@ class Tuned:
 
 
 def tune(
-    model,                 # a SentenceTransformer, a CrossEncoder, or another module around a transformers model
+    model,                 # a SentenceTransformer, a CrossEncoder, a RouterModel, or another module around an encoder
     spec: FinetuningSpec,
     fresh=(),              # names of parameters that hold random numbers, see `fresh_parameters`: trained by every method
     seed: int = 0,         # of the adapters
