@@ -89,7 +89,7 @@ def asked_cells(
             raise DataError(f"data set '{names[row]}' has no two models with different scores among the {asked[row].sum():,} predicted; leave it out")
     return asked
 
-
+# %% ../nbs/74_recommending.ipynb #71336cee
 def recommender_values(
     predictions: dict,  # name -> (D, N) or (N,)
     truth: np.ndarray,  # (D, N) true scores, NaN unknown
