@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Precision', 'Device', 'Nested', 'FINETUNING', 'TASK_DEFAULTS', 'TASK_ONLY', 'KINDS', 'Spec', 'OptimizerSpec',
-           'NegativesSpec', 'FinetuningSpec', 'TaskSpec', 'SwipeSpec', 'TrainConfig', 'EvaluateConfig', 'CompareConfig',
-           'MineConfig', 'PipelineConfig', 'PromoteConfig', 'BenchLossesConfig', 'parse_yaml', 'unknown', 'explain',
-           'make', 'from_file', 'from_environment', 'merged', 'from_arguments', 'from_notebook', 'parameter_table']
+           'NegativesSpec', 'FinetuningSpec', 'TaskSpec', 'EmbeddingSpec', 'RouterSpec', 'SwipeSpec', 'TrainConfig',
+           'EvaluateConfig', 'CompareConfig', 'MineConfig', 'PipelineConfig', 'PromoteConfig', 'BenchLossesConfig',
+           'parse_yaml', 'unknown', 'explain', 'make', 'from_file', 'from_environment', 'merged', 'from_arguments',
+           'from_notebook', 'parameter_table']
 
 # %% ../nbs/01_config.ipynb #583dc878
 import json, os
@@ -31,6 +32,7 @@ Nested = BeforeValidator(lambda value: parse_yaml(value, "a nested parameter") i
 
 class OptimizerSpec(Spec):
     "How the weights are moved."
+    method: Literal["adamw", "adam", "muon"] = Field("adamw", description="muon: for the encoder's matrices, with AdamW for the rest")
     weight_decay: float = Field(0.01, ge=0, le=1, description="decoupled weight decay of AdamW")
     schedule: Literal["linear", "cosine", "cosine_with_min_lr", "constant_with_warmup", "reduce_lr_on_plateau", "step"] = Field("linear", description="learning rate after warm-up")
     floor: float = Field(0.1, ge=0, le=1, description="cosine_with_min_lr: the lowest learning rate, as a share of the peak")
@@ -105,9 +107,10 @@ class FinetuningSpec(Spec):
 TASK_DEFAULTS = {  # task -> what is not given and not the same as for task dual
     "dual": dict(loss="mnr"),
     "cross": dict(loss="softmax", negatives=dict(candidates="auto", k=4)),
+    "router": dict(loss="margin_ranking", data="retrievers", epochs=3, max_length=128, dropout=0.1, optimizer=dict(lr_multipliers={"head": 20.0, "models": 20.0})),
     "swipe": dict(loss="mnr", data="synthetic", model="tiny", epochs=3, lr=1e-3, max_queries=300, dropout=0.1, negatives=dict(k=7), optimizer=dict(schedule="cosine_with_min_lr", lr_multipliers={"base": 0.5})),
 }
-TASK_ONLY = dict(retriever=("cross",), depth=("cross", "swipe"), alpha=("cross",), swipe=("swipe",))  # what other tasks have no use for
+TASK_ONLY = dict(retriever=("cross",), depth=("cross", "swipe"), alpha=("cross",), swipe=("swipe",), router=("router",), embedding=("router",))  # what other tasks have no use for
 
 
 class TaskSpec(Spec):
@@ -137,6 +140,31 @@ class TaskSpec(Spec):
         return value
 
 # %% ../nbs/01_config.ipynb #9e81c5df
+class EmbeddingSpec(Spec):
+    "Where the vectors of language models come from."
+    model_config = ConfigDict(populate_by_name=True)
+    kind: Literal["id", "frozen", "finetunable", "attention"] = Field("id", description="id: learnt with the router; the others from the models' answers in the training data: frozen encoder, fine-tuned encoder, attention over sets of answers")
+    dim: int = Field(128, ge=1, le=4096, description="numbers of a vector, for id")
+    load_from: str | None = Field(None, validation_alias=AliasChoices("load_from", "load_embedding_model_from"), description="a folder of a trained embedding model: the first phase is left out")
+    epochs: float = Field(5, gt=0, le=1000, description="of the first phase")
+    lr: float = Field(1e-3, gt=0, le=1, description="of the first phase")
+
+
+class RouterSpec(Spec):
+    "What only a router has."
+    head: Literal["product", "concat"] = Field("product", description="product of prompt and model, or both one behind the other")
+    hidden_dims: list[int] = Field([256, 128], min_length=1, description="widths of the head's hidden layers")
+    features: bool = Field(True, description="44 numbers about the prompt beside its embedding")
+    base: Literal["none", "bradley_terry"] = Field("none", description="what the scores begin with: nothing, or the models' strength without the prompt")
+    balanced: bool = Field(False, description="rare models are drawn as often as frequent ones")
+    ties: Literal["keep", "drop"] = Field("keep", description="comparisons without a winner")
+    both_bad: Literal["keep", "drop"] = Field("drop", description="comparisons where neither answer was any good")
+    min_model_comparisons: int = Field(0, ge=0, description="of both models of a comparison")
+    costs: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict, description="model -> cost of a call, where the data does not say")
+    strong: str | None = Field(None, description="the dearer of the two models whose trade-off is measured; the dearest when not given")
+    weak: str | None = Field(None, description="the cheaper of the two; the cheapest when not given")
+
+
 class SwipeSpec(Spec):
     "What only a swipe model has."
     keyboard: str | None = Field(None, description="qwerty, azerty, qwertz, or a .json file of key centres; keyboard.json beside the data, or qwerty, when not given")
@@ -155,9 +183,9 @@ class SwipeSpec(Spec):
 
 class TrainConfig(TaskSpec):
     "Train a model, evaluate it beside the baselines that need no training, and write a run folder."
-    task: Literal["dual", "cross", "swipe"] = Field("dual", description="what to train: dual (a dual encoder for retrieval), cross (a cross-encoder that reranks), swipe (finger path to word)")
-    loss: str | None = Field(None, description="the loss, by its name; `proj list losses` shows them; softmax for cross, mnr otherwise, when not given")
-    data: str = Field("stdlib", description="stdlib, installed, a file, a folder, or a name under $PROJ_DATA; swipe: synthetic when not given")
+    task: Literal["dual", "cross", "router", "swipe"] = Field("dual", description="what to train: dual (a dual encoder for retrieval), cross (a cross-encoder that reranks), router (which language model for a prompt), swipe (finger path to word)")
+    loss: str | None = Field(None, description="the loss, by its name; `proj list losses` shows them; softmax for cross, margin_ranking for router, mnr otherwise, when not given")
+    data: str = Field("stdlib", description="stdlib, installed, a file, a folder, or a name under $PROJ_DATA; router: retrievers, swipe: synthetic, when not given")
     model: str = Field("minilm", description="minilm, tiny, scratch, static, a folder, or a hub id; swipe: mini, tiny (when not given), base, or a folder")
     out: str | None = Field(None, description="run folder; runs/<task>-<loss>-<utc time> when not given")
     init_from: str | None = Field(None, description="a run whose model this one begins with, at step 0: a second stage")
@@ -189,6 +217,8 @@ class TrainConfig(TaskSpec):
     report_to: str = Field("none", description="tensorboard, wandb, trackio, ... or none")
     optimizer: Annotated[OptimizerSpec, Nested] = Field(default_factory=OptimizerSpec, description="weight_decay, schedule, max_grad_norm")
     negatives: Annotated[NegativesSpec, Nested] = Field(default_factory=NegativesSpec, description="hard negatives: candidates, k, margins, refresh_every, ...")
+    router: Annotated[RouterSpec, Nested] = Field(default_factory=RouterSpec, description="router: head, features, base, balanced, ties, costs, strong, weak, ...")
+    embedding: Annotated[EmbeddingSpec, Nested] = Field(default_factory=EmbeddingSpec, description="router: vectors of the language models: kind, load_from, ...")
     swipe: Annotated[SwipeSpec, Nested] = Field(default_factory=SwipeSpec, description="swipe: keyboard, lexicon, channels, points, synthetic, pretraining, kinds, ...")
     finetuning: Annotated[FinetuningSpec, Nested] = Field(default_factory=FinetuningSpec, description="which weights are trained: method, num_layers, rank, alpha, dropout, ...")
 

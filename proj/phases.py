@@ -45,6 +45,7 @@ class ModuleTraining(Training):
         callbacks = [history_callback(self.run, monitor, phase)] + ([EarlyStoppingCallback(cfg.early_stopping)] if cfg.early_stopping else [])
         trainer = library(model=module, args=args, train_dataset=items, data_collator=collate, loss=loss, evaluator=evaluator, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
+        if not phase: trainer.moved_by = cfg.optimizer
         return trainer
 
     def phase(self, name: str, module, items, lengths, collate, loss, values, monitor: str = "loss", greater: bool = False, **change):

@@ -18,6 +18,7 @@ from .config import TrainConfig
 from .core import ConfigError, DataError, GateError, log, rng, sha256_json
 from .data.keyboards import Keyboard, find_keyboard
 from .data.sources import find_data
+from .data.split import without
 from .data.strokes import synthetic_swipes
 from .data.swipes import Lexicon, Swipe, read_lexicon, read_swipes, split_swipes, wordfreq_lexicon
 
@@ -104,7 +105,7 @@ def load_swipes(cfg: TrainConfig, rejects=None) -> SwipeParts:
         lexicon, parts = find_lexicon(beside(folder, spec.lexicon, "vocab.tsv", "reference")), {}
         for name, file in swipe_files(where).items():
             parts[name] = read_swipes(file, keyboard, two_fingers=spec.two_fingers, skip_bad=cfg.skip_bad, rejects=rejects)
-        if "test" not in parts or "validation" not in parts: parts |= split_swipes(parts["train"], {n: s for n, s in shares.items() if n == "train" or n not in parts}, seed)
+        if "test" not in parts or "validation" not in parts: parts |= split_swipes(parts["train"], without(shares, parts), seed)
     for name in ("validation", "test"): parts[name] = some_swipes(parts[name], cfg.max_queries, seed)
     return SwipeParts(cfg.data, str(where), keyboard, lexicon.on(keyboard), some_swipes(parts["train"], cfg.max_pairs, seed), parts["validation"], parts["test"])
 

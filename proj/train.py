@@ -33,7 +33,7 @@ from .start import begin, load_parts, same_parameters, same_start
 from .trainer import check_report_to, history_callback, text_trainer, trainer_arguments, validation
 
 # %% ../nbs/61_train.ipynb #d1901edf
-TASKS = dict(dual="proj.tasks.dual.DualTraining", cross="proj.tasks.cross.CrossTraining", swipe="proj.tasks.swipe.SwipeTraining")
+TASKS = dict(dual="proj.tasks.dual.DualTraining", cross="proj.tasks.cross.CrossTraining", swipe="proj.tasks.swipe.SwipeTraining", router="proj.tasks.router.RouterTraining")
 
 
 def training(cfg: TrainConfig, command: str = "proj.fit", **kw) -> "Training":
@@ -135,6 +135,7 @@ def trainer(self: Training):
     made = text_trainer(library, sampler, self.run, 2 if cfg.keep == "best" else None, self.rounds)(
         model=self.encoder.model, args=args, train_dataset=Dataset.from_dict(rows), loss=self.loss(), callbacks=callbacks, evaluator=validation(self.validate, self.monitor))
     made.remove_callback(PrinterCallback)
+    made.moved_by = cfg.optimizer
     return made
 
 # %% ../nbs/61_train.ipynb #25138284

@@ -19,7 +19,8 @@ from .batches import LengthBatches, column_keys, text_columns
 from .checkpoint import durable
 from .data.store import Store
 from .metrics import metric_name
-from .models.tune import load_trained, save_trained
+from .models.tune import encoders, load_trained, save_trained
+from .optim import make_optimizer
 from .run import Run, history, log_step
 
 # %% ../nbs/60_trainer.ipynb #20da785f
@@ -96,9 +97,25 @@ def kept(
     rounds=None,           # mined negatives, see `Rounds`
 ) -> type:
     "The trainer class whose checkpoints survive a kill and hold what is trained, the history and the validation's values."
+    from torch.optim.lr_scheduler import LambdaLR
+
     class Kept(durable(base, keep)):
+        moved_by = OptimizerSpec()  # the run's, where the trainer is of its model
+
         def _save(self, output_dir=None, state_dict=None): save_trained(self.model, Path(output_dir, "model.safetensors"))
         def _load_from_checkpoint(self, checkpoint_path, model=None): load_trained(self.model, Path(checkpoint_path, "model.safetensors"))
+
+        def create_optimizer(self, model=None):
+            spec = self.moved_by
+            if self.optimizer is None and (spec.method != "adamw" or spec.lr_multipliers):
+                self.optimizer = make_optimizer(self.model, spec.method, self.args.learning_rate, spec.weight_decay, spec.lr_multipliers, list(encoders(self.model)) or None)
+            return self.optimizer or super().create_optimizer()
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            spec, steps = self.moved_by, num_training_steps
+            if spec.schedule != "step": return super().create_scheduler(num_training_steps, optimizer)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda done: spec.factor ** min(spec.drops, done * (spec.drops + 1) // steps))
+            return self.lr_scheduler
 
         def save_beside(self, folder):
             with atomic(folder / "metrics.jsonl") as f: f.write((run / "metrics.jsonl").read_text(encoding="utf-8"))
@@ -239,7 +256,7 @@ def trainer_arguments(
     every, log_every = intervals(steps, cfg.eval_every, evaluations)
     return kind(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=max(1, sampler.rows // sampler.processes),
-        learning_rate=cfg.lr, warmup_steps=cfg.warmup, lr_scheduler_type=cfg.optimizer.schedule, lr_scheduler_kwargs=schedule_options(cfg.optimizer, greater),
+        learning_rate=cfg.lr, warmup_steps=cfg.warmup, lr_scheduler_type=cfg.optimizer.schedule if cfg.optimizer.schedule != "step" else "constant", lr_scheduler_kwargs=schedule_options(cfg.optimizer, greater),
         weight_decay=cfg.optimizer.weight_decay, max_grad_norm=cfg.optimizer.max_grad_norm,
         bf16=precision == "bf16", use_cpu=device == "cpu", seed=cfg.seed, data_seed=cfg.seed,
         eval_strategy="steps", eval_steps=every, eval_on_start=True, save_strategy="steps", save_steps=every,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['normalise', 'exact_keys', 'units', 'shingle_matrix', 'pair_jaccard', 'rare_shingles', 'near_duplicate_keys',
-           'near_pairs', 'grouped_split']
+           'near_pairs', 'without', 'grouped_split']
 
 # %% ../../nbs/12_data.split.ipynb #46362e95
 import hashlib, unicodedata
@@ -222,6 +222,15 @@ def _fractions(
     return fractions
 
 # %% ../../nbs/12_data.split.ipynb #0da8d0c8
+def without(
+    shares: dict,  # name -> share of all
+    parts,         # names of parts that are there already, beside train
+) -> dict:         # name -> share of what is to be cut
+    "Shares of what is left to cut."
+    left = {name: share for name, share in shares.items() if name == "train" or name not in parts}
+    return {name: share / sum(left.values()) for name, share in left.items()}
+
+
 def grouped_split(
     groups: Iterable,             # n labels, compared as strings
     fractions=(0.8, 0.1, 0.1),    # shares of the rows: train, val, test; or name -> share

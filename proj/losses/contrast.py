@@ -120,8 +120,18 @@ _swipe = [
     LossSpec("softmax", "proj.losses.swipe.GroupLoss", ("groups",), "mnr when a few scores grow without bounds", batch_size=16, temperature=1.0, scale=True, options=dict(squash=False)),
 ]
 
+_scores = "proj.losses.rank."
+_router = [
+    LossSpec("margin_ranking", _scores + "MarginRanking", ("groups",), "bradley_terry when sure pairs should go on teaching", aliases=("margin",)),
+    LossSpec("bradley_terry", _scores + "BradleyTerry", ("groups",), "rao_kupper when ties are many", aliases=("bt",)),
+    LossSpec("rao_kupper", _scores + "RaoKupper", ("groups",), "bradley_terry when there are no ties"),
+    LossSpec("mnr", _scores + "MultipleNegatives", ("groups",), "softmax when models below the best count", temperature=1.0),
+    LossSpec("softmax", _scores + "Softmax", ("groups",), "listnet when differences in score have a known unit", temperature=1.0),
+    LossSpec("listnet", _scores + "ListNet", ("groups",), "softmax when the unit of the scores is arbitrary", temperature=1.0),
+]
+
 LOSSES = {"dual": {spec.name: spec for spec in [*_in_batch, *_explicit, *_distillation]}, "cross": {spec.name: spec for spec in _cross},
-          "swipe": {spec.name: spec for spec in _swipe}}  # task -> name -> spec
+          "router": {spec.name: spec for spec in _router}, "swipe": {spec.name: spec for spec in _swipe}}  # task -> name -> spec
 
 # %% ../../nbs/20_losses.contrast.ipynb #ffa311ec
 _classes = "eats single texts with class labels, which a query and document data set does not have"
