@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole_text', 'RouterItems', 'costs_of', 'strengths', 'comparisons_in', 'qualities', 'RouterTraining', 'featuriser',
-           'bradley_terry_scores', 'encoded', 'Routed', 'measured_on', 'spread', 'write_predictions']
+           'bradley_terry_scores', 'rows_for', 'Routed', 'measured_on', 'spread', 'write_predictions']
 
 # %% ../../nbs/80_tasks.router.ipynb #885cd063
 from functools import partial
@@ -30,7 +30,7 @@ from ..prompts import FeatureTransform, prompt_features
 from ..report import head, rows_page
 from ..router_parts import RouterParts, guard_routing, known_models, load_routing, read_routing
 from ..routing import apgr_values, evaluate_routers, pairwise_accuracy, truth_of, values_of, verdict
-from ..routing_baselines import fitted_baselines
+from ..routing_baselines import RouterRows, bradley_terry, fit_baselines, quality_of
 from ..run import Run, step
 
 # %% ../../nbs/80_tasks.router.ipynb #0b0c1dd9
@@ -156,8 +156,7 @@ def featuriser(transform: dict | None):
 
 def bradley_terry_scores(train) -> np.ndarray:
     "The models' strength without the prompt."
-    from proj.routing_baselines import bradley_terry
-    return bradley_terry(*comparisons_in(train)[1:], len(train.models))
+    return bradley_terry(comparisons_in(train), len(train.models)).models
 
 # %% ../../nbs/80_tasks.router.ipynb #ce30ad69
 @patch
@@ -223,19 +222,20 @@ def values(self: RouterTraining) -> np.ndarray:
 def baselines(self: RouterTraining) -> Figures:
     "Everything that needs no training of a router: random, cheapest, best single model, Bradley-Terry, category, nearest prompts, tf-idf, and the oracle."
     with step(self.run, "baselines"):
-        train, test = self.parts.train, self.parts.test
-        plain = load_encoder(self.cfg.model, max_length=self.cfg.max_length, device=self.device) if self.cfg.model not in ("tiny", "scratch") else None
-        def embed(data): return None if plain is None else encoded(plain, data, self.precision)
-        self.predictions = fitted_baselines(
-            dict(texts=train.prompts, category=train.category, quality=qualities(train), comparisons=comparisons_in(train), cost=self.costs["train"], vectors=embed(train)),
-            dict(texts=test.prompts, category=test.category, quality=qualities(test), cost=self.costs["test"], vectors=embed(test)), seed=self.cfg.seed)
+        plain = None if self.cfg.model in ("tiny", "scratch") else load_encoder(self.cfg.model, max_length=self.cfg.max_length, device=self.device)
+        train, test = (rows_for(data, plain, self.precision) for data in (self.parts.train, self.parts.test))
+        self.predictions = {name: scores(test) for name, scores in fit_baselines(train, self.costs["train"], seed=self.cfg.seed).items()}
         self.evaluation = self.measured("test", self.predictions)
     return self.evaluation
 
 
-def encoded(model, data, precision: str) -> np.ndarray:
+def rows_for(data, encoder, precision: str) -> RouterRows:
+    "What the baselines see of a part; `encoder` is one that was not trained, or None."
     from proj.models.dual import DualEncoder
-    return DualEncoder(model, precision=precision).encode([whole_text(p, h) for p, h in zip(data.prompts, data.history)], kind="query")
+    texts, comparisons = [whole_text(p, h) for p, h in zip(data.prompts, data.history)], comparisons_in(data)
+    quality = data.scores if isinstance(data, Outcomes) else quality_of(comparisons, len(texts), len(data.models))
+    category = None if None in data.category else np.array(data.category)
+    return RouterRows(texts, quality, category, None if encoder is None else DualEncoder(encoder, precision=precision).encode(texts, kind="query"), comparisons)
 
 
 class Routed(Figures):
