@@ -145,7 +145,7 @@ def save_zoo(zoo: LocalZoo, folder):
     except OSError as e: raise disk_error(folder, e) from e
     finally: shutil.rmtree(new, ignore_errors=True)
 
-
+# %% ../nbs/73_local_zoo.ipynb #fd60225e
 def load_zoo(folder) -> LocalZoo:
     "What save_zoo wrote; a folder that was changed or damaged is refused."
     from safetensors.numpy import load_file
@@ -165,7 +165,10 @@ def local_zoo(
 ) -> LocalZoo:
     "The zoo of a seed: the same at every call."
     if networks < 3: raise ConfigError(f"networks is {networks}; expected 3 or more, so that there is something to rank on each data set")
-    if cache is None: return _made(seed, networks)
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+    def make():
+        with threadpool_limits(1): return _made(seed, networks)  # several threads on such small matrices take longer, and round otherwise
+    if cache is None: return make()
     folder = Path(cache, f"zoo-{sha256_json([seed, networks, WIDTH, SUBSETS, GRID, SHOTS, EPISODES])[:12]}")
-    if not folder.exists(): save_zoo(_made(seed, networks), folder)
+    if not folder.exists(): save_zoo(make(), folder)
     return load_zoo(folder)

@@ -79,7 +79,7 @@ class Ranks(Table):
         places = np.argsort(self.values, axis=1, kind="stable")  # NaN comes last
         return Order(self.datasets, self.models, np.where(np.sort(self.values, axis=1) > 0, places, -1))
 
-
+# %% ../../nbs/15_data.zoo.ipynb #fd4a84d7
 class TrueScores(Table):
     "What models reached on data sets, higher is better, (D, N) float64; NaN where unknown."
     says = "higher is better"
@@ -131,11 +131,12 @@ class _Gather:
     def __init__(self): self.scores, self.spelled = {}, {}
 
     def __call__(self, row: dict) -> dict | Fault:
-        for kind in ("dataset", "model"):
-            known = self.spelled.setdefault((kind, row[kind].casefold().replace("_", "-")), row[kind])
-            if known != row[kind]: return Fault(kind, f"'{row[kind]}' was spelled '{known}' before; spell a name in one way")
+        keys = [(kind, row[kind].casefold().replace("_", "-")) for kind in ("dataset", "model")]
+        for key in keys:
+            if (name := row[key[0]]) != (known := self.spelled.get(key, name)): return Fault(key[0], f"'{name}' was spelled '{known}' before; spell a name in one way")
         if (pair := (row["dataset"], row["model"])) in self.scores: return Fault("model", f"'{pair[1]}' is listed a second time for data set '{pair[0]}'; keep one of the rows")
         self.scores[pair] = row["score"]
+        self.spelled |= {key: row[key[0]] for key in keys}
         return row
 
     def table(self, source) -> TrueScores:
@@ -151,7 +152,7 @@ class _Gather:
                                 "there is nothing to rank: add scores or leave it out")
         return TrueScores(datasets, models, values)
 
-
+# %% ../../nbs/15_data.zoo.ipynb #fc0cb647
 FIELDS = dict(required=(("dataset",), ("model",), ("score",)), types={"score": NUMBER})
 
 
@@ -201,7 +202,7 @@ class DatasetTokens:
     def __repr__(self):
         return "{} draws of {} classes, width {}".format(*self.features.shape)
 
-
+# %% ../../nbs/15_data.zoo.ipynb #2ef46347
 def draw_tokens(
     features: np.ndarray,     # (n, D)
     labels,                   # (n,) class of each row
@@ -330,7 +331,7 @@ def _stacked(kind: str, names, tokens: Mapping) -> list:
         raise DataError(f"{kind} '{names[odd[0]]}' has tokens of width {widths[odd[0]]}, '{names[0]}' of {widths[0]}; embed all with one encoder")
     return found
 
-
+# %% ../../nbs/15_data.zoo.ipynb #b4be1f3c
 def build_combined_similarity_loader(
     true_scores: TrueScores,
     model_tokens: Mapping,     # model -> (D,) vector

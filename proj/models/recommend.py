@@ -82,7 +82,7 @@ def both_sides(dataset: tuple, model: tuple) -> tuple:  # tokens, mask, tokens, 
     if len(rows) == 2 and 1 not in rows: raise DataError(f"dataset_tokens has {len(dataset[0])} rows, model_tokens has {len(model[0])}; expected equally many, or one on either side")
     return tuple(part.expand(max(rows), *part.shape[1:]) for part in (*dataset, *model))
 
-
+# %% ../../nbs/34_models.recommend.ipynb #e725ec0e
 class Ranker(PreTrainedModel):
     "A network that gives each model a logit."
     main_input_name = "dataset_tokens"
@@ -185,7 +185,7 @@ def save_network(model: PreTrainedModel, folder):
     except OSError as e: raise disk_error(folder, e) from e
     finally: shutil.rmtree(new, ignore_errors=True)
 
-
+# %% ../../nbs/34_models.recommend.ipynb #c95acba7
 def load_network(
     folder,
     kinds: dict[str, type],  # model_type -> class
@@ -198,7 +198,9 @@ def load_network(
         check_folder(path)
         if (kind := read_json(path / "config.json").get("model_type")) not in kinds: raise DataError(f"{folder}/config.json: model_type is {kind!r}; expected {', '.join(kinds)}")
         with quiet(): model, found = kinds[kind].from_pretrained(str(path), local_files_only=True, output_loading_info=True)
-    except ProjError: raise
+    except ProjError as e:
+        if str(folder) in str(e): raise
+        raise DataError(f"{folder}/config.json: {e}") from e
     except Exception as e:  # whatever a foreign file provokes in the library that reads it
         raise DataError(f"{folder}: cannot be loaded ({type(e).__name__}: {' '.join(str(e).split())[:200]}); {what}") from e
     if lacking := sorted(found["missing_keys"]): raise DataError(f"{folder}: the weights lack {lacking[0]} and {len(lacking) - 1} more; {what}")

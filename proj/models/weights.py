@@ -123,7 +123,7 @@ class WeightsConfig(PreTrainedConfig):
     beta: float = 0.5        # where smooth-L1 turns from square to straight
     sparsity: float = 1e-3   # lambda
 
-
+# %% ../../nbs/48_models.weights.ipynb #4efeec78
 class WeightsAutoencoder(PreTrainedModel):
     "Two layers down to the code, two layers up."
     config_class, base_model_prefix, main_input_name = WeightsConfig, "autoencoder", "weights"
@@ -179,7 +179,7 @@ def fit_standardisation(
     self.scale.copy_(torch.where(scale > 1e-6 * rows.abs().mean(0).clamp(min=1e-6), scale, 1.0))
     return self
 
-
+# %% ../../nbs/48_models.weights.ipynb #49be3302
 @patch
 @torch.no_grad()
 def encode(
