@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['whole_text', 'RouterItems', 'costs_of', 'strengths', 'comparisons_in', 'qualities', 'RouterTraining', 'featuriser',
-           'bradley_terry_scores', 'rows_for', 'Routed', 'measured_on', 'spread', 'write_predictions']
+           'bradley_terry_scores', 'rows_for', 'Routed', 'measured_on', 'spread', 'write_predictions', 'Wish',
+           'load_run', 'calibrated', 'route_run', 'rank_run', 'evaluate_run']
 
 # %% ../../nbs/80_tasks.router.ipynb #885cd063
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastcore.basics import patch
 
 from ..batches import token_counts
 from ..config import EvaluateConfig, TrainConfig, make
-from ..core import ConfigError, DataError, atomic, log, pick_device, pick_precision, read_json, rng
+from ..core import ConfigError, DataError, atomic, log, pick_device, pick_precision, read_json, rng, write_json
 from ..data.comparisons import Comparisons, Outcomes
 from ..data.sources import find_data
 from ..compare import Summary
@@ -290,7 +291,9 @@ def test(self: RouterTraining):
     facts, self.evaluation = self.evaluation.facts, self.measured("test", self.predictions)
     self.evaluation.facts = facts | dict(loss=self.spec.name)
     if "best_single" in self.predictions: self.evaluation.facts["verdict"] = verdict(self.evaluation.summary, "trained")
+    write_json(self.run / "calibration.json", self.calibration())
     with atomic(self.run / "predictions.parquet", "wb") as f: write_predictions(f, self.predictions["trained"], qualities(self.parts.test), self.costs["test"], self.parts.models)
+    self.run.update(costs=dict(zip(self.parts.models, np.nanmean(self.costs["test"], 0).tolist())))
     self.evaluation.save(self.run.folder)
 
 
@@ -299,3 +302,93 @@ def write_predictions(file, scores, quality, costs, models):
     import pyarrow as pa, pyarrow.parquet as pq
     p, m = scores.shape
     pq.write_table(pa.table(dict(prompt=np.repeat(np.arange(p), m), model=list(models) * p, score=scores.ravel(), quality=np.asarray(quality, float).ravel(), cost=np.asarray(costs, float).ravel())), file)
+
+# %% ../../nbs/80_tasks.router.ipynb #cf1ffbe1
+@patch
+def calibration(self: RouterTraining) -> dict:
+    "Scores and gains of the validation prompts, and thresholds to try."
+    truth, train = self.truth("validation"), self.parts.train
+    if truth.strong == truth.weak: return dict(strong=None, weak=None, score=[], gain=[], grid=[])
+    some = np.sort(rng(self.cfg.seed, "thresholds").permutation(len(train.prompts))[:300])
+    texts = [whole_text(train.prompts[at], train.history[at]) for at in some]
+    features = self.features(train)
+    ahead = lambda scores: (np.tanh(scores[:, truth.strong]) - np.tanh(scores[:, truth.weak])).astype(float)  # as `Router.score` gives them
+    grid = ahead(self.encoder.logits(texts, features=None if features is None else features[some]))
+    return dict(strong=truth.models[truth.strong], weak=truth.models[truth.weak], score=ahead(self.predicted("validation"))[truth.rows].tolist(), gain=truth.gain.tolist(),
+                grid=np.unique(np.quantile(grid, np.linspace(0, 1, 51))).tolist())
+
+# %% ../../nbs/80_tasks.router.ipynb #21046125
+@dataclass
+class Wish:
+    "How `route_run` is to choose; at most one of budget, threshold, share and max_loss."
+    budget: float | None = None     # mean cost of a prompt, at most
+    threshold: float | None = None  # what the strong model has to be ahead by
+    share: float | None = None      # of the calls that may go to the strong model
+    max_loss: float | None = None   # of quality, against always calling the strong model
+    delta: float = 0.1              # chance that it is more
+
+
+def load_run(folder, device: str = "auto", precision: str = "auto") -> Router:
+    "The router of a run."
+    run = Run.open(folder)
+    if not (run / "model").is_dir(): raise DataError(f"{folder}: this run has no model, its status is '{run.status}'; go on with it (resume=auto) or train again")
+    device = pick_device(device)
+    router = Router.load(run / "model", device=device, precision=pick_precision(precision, device))
+    router.featurise = featuriser(router.transform)
+    router.model.encoder.max_seq_length = run.facts["config"]["max_length"]
+    return router
+
+
+def calibrated(folder, wish: Wish):
+    "The threshold that keeps a promise; a `Threshold`, with the strong and the weak model."
+    from proj.thresholds import loss_threshold, share_threshold
+    known = read_json(Path(folder) / "calibration.json")
+    if not known["score"]: raise ConfigError(f"{folder}: this run has no strong and weak model with known quality to calibrate on; name them in training: router.strong, router.weak")
+    if wish.share is not None: return share_threshold(known["score"], wish.share), known["strong"], known["weak"]
+    width = max(1.0, float(np.abs(known["gain"]).max()))
+    return loss_threshold(known["score"], known["gain"], known["grid"], wish.max_loss, wish.delta, width), known["strong"], known["weak"]
+
+
+def route_run(
+    folder,
+    prompts,              # texts
+    wish: Wish | None = None,
+    device: str = "auto",
+):                        # Routes, and the threshold's guarantee where one was calibrated
+    "Which model for each prompt."
+    wish, router, run = wish or Wish(), load_run(folder, device), Run.open(folder)
+    given = [f.name for f in fields(wish) if f.name != "delta" and getattr(wish, f.name) is not None]
+    if len(given) > 1: raise ConfigError(f"{given[0]} and {given[1]} both say how to choose; give one of them")
+    cost = run.facts.get("costs")
+    if wish.share is not None or wish.max_loss is not None:
+        found, strong, weak = calibrated(folder, wish)
+        return router.route(prompts, cost=cost, threshold=float(np.clip(np.nextafter(found.value, np.inf), -9, 9)), strong=strong, weak=weak), found
+    if wish.threshold is not None:
+        known = read_json(run / "calibration.json")
+        if not known["strong"]: raise ConfigError("a threshold decides between a strong and a weak model, and this run has none; name them in training: router.strong, router.weak")
+        return router.route(prompts, cost=cost, threshold=wish.threshold, strong=known["strong"], weak=known["weak"]), None
+    return router.route(prompts, cost=cost, budget=wish.budget), None
+
+
+def rank_run(folder, query: str, data: str | None = None, top_k: int = 5, device: str = "auto"):
+    "The language models for a prompt, best first; a Ranking."
+    if data: raise ConfigError("parameter 'data' does nothing for a router, which ranks the models it knows; leave it out")
+    return load_run(folder, device).rank(query, top_k=top_k)
+
+
+def evaluate_run(cfg: EvaluateConfig) -> Figures:
+    "A router and its baselines, which are fitted on its own training part, on other prompts or once more on its own; writes metrics.json and ledger.parquet to `out`."
+    router, was = load_run(cfg.run, cfg.device, cfg.precision), make(TrainConfig, Run.open(cfg.run).facts["config"])
+    parts, out = load_routing(was), Path(cfg.out or Path(cfg.run) / "evaluations" / Path(cfg.data or "test").stem)
+    data = parts.test
+    if cfg.data: data = known_models(read_routing(find_data(cfg.data), was.router, skip_bad=cfg.skip_bad, rejects=out / "rejects.jsonl"), parts.models, "given")
+    plain = load_encoder(was.model, max_length=was.max_length, device=pick_device(cfg.device)) if was.model not in ("tiny", "scratch") else None
+    train, test = (rows_for(some, plain, router.precision) for some in (parts.train, data))
+    features = None if router.transform is None else FeatureTransform.from_dict(router.transform).transform(prompt_features(data.prompts, data.history))
+    predictions = {"trained": router.logits(test.texts, features=features)}
+    predictions |= {name: scores(test) for name, scores in fit_baselines(train, costs_of(parts, parts.train, was.router.costs), seed=was.seed).items()}
+    found = measured_on(predictions, data, costs_of(parts, data, was.router.costs), parts.models, was, "test", cfg.data or was.data)
+    found.facts["verdict"] = verdict(found.summary, "trained")
+    found.save(out)
+    log.info("written to %s", out)
+    return found
