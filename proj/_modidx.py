@@ -815,6 +815,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'proj/models/answers.py'),
                                      'proj.models.answers.Triplets.negatives': ( 'models.answers.html#triplets.negatives',
                                                                                  'proj/models/answers.py'),
+                                     'proj.models.answers._listed': ('models.answers.html#_listed', 'proj/models/answers.py'),
                                      'proj.models.answers.answers_from': ('models.answers.html#answers_from', 'proj/models/answers.py'),
                                      'proj.models.answers.check_shape': ('models.answers.html#check_shape', 'proj/models/answers.py'),
                                      'proj.models.answers.encoder_facts': ('models.answers.html#encoder_facts', 'proj/models/answers.py'),

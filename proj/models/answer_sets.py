@@ -68,8 +68,9 @@ def supervised_contrast(
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     same = (labels[:, None] == labels) & ~itself  # (s, s)
     if not same.any(): raise DataError(f"{len(labels)} sets, of {len(labels)} models; expected two of one model or more")
-    unit = F.normalize(vectors.float(), dim=-1)
-    scores = (unit @ unit.T / temperature).masked_fill(itself, -torch.inf)  # (s, s)
+    with torch.autocast(labels.device.type, enabled=False):  # in bf16, cosines over .07 have two digits
+        unit = F.normalize(vectors.float(), dim=-1)
+        scores = (unit @ unit.T / temperature).masked_fill(itself, -torch.inf)  # (s, s)
     paired = same.any(1)
     log_p = scores.log_softmax(1).masked_fill(~same, 0)
     return dict(loss=-(log_p.sum(1)[paired] / same.sum(1)[paired]).mean(), nearest=same.gather(1, scores.argmax(1, keepdim=True))[paired].float().mean())

@@ -32,6 +32,8 @@ from .tune import is_adapted, is_quantised
 # %% ../../nbs/47_models.answers.ipynb #06d33b08
 FIELDS = {"prompt": TEXT, "response": STRING, "model": TEXT, "won": Field("True or False", lambda value: type(value) is bool)}
 
+def _listed(column) -> list: return column.tolist() if isinstance(column, np.ndarray) else list(column)
+
 
 class Answers:
     "What language models answered, one answer a row; a comparison makes two."
@@ -48,7 +50,7 @@ class Answers:
         columns = dict(prompt=prompts, response=responses, model=[models] * n if isinstance(models, str) else models, won=[False] * n if won is None else won)
         for name, column in columns.items():
             if isinstance(column, str) or len(column) != n: raise DataError(f"{n} prompts but {name} has {'one text' if isinstance(column, str) else len(column)}; pass one a prompt")
-            columns[name] = list(column.tolist() if isinstance(column, np.ndarray) else column)
+            columns[name] = _listed(column)
             for row, value in enumerate(columns[name]):
                 reason = None if FIELDS[name].accepts(value) else f"expected {FIELDS[name].expected}, got {ascii(value)[:60]}"
                 if reason := reason or unstorable(value): raise DataError(f"answer {row}: {name}: {reason}")
@@ -79,11 +81,12 @@ def answers_from(
     labels=None,  # (n,) 1 where the first won, -1 where the second did, 0 where neither; None: no comparison was judged
 ) -> Answers:     # 2 n rows, the two of a comparison beside each other
     "The answers of comparisons."
-    labels = [0] * len(prompts) if labels is None else list(labels)
+    prompts, responses, models = _listed(prompts), _listed(responses), _listed(models)
+    labels = [0] * len(prompts) if labels is None else _listed(labels)
     for name, column in dict(responses=responses, models=models, labels=labels).items():
         if len(column) != len(prompts): raise DataError(f"{len(prompts)} prompts but {len(column)} {name}; pass one for each comparison")
         for row, value in enumerate(column):
-            good = value in (1, -1, 0) if name == "labels" else isinstance(value, (list, tuple, np.ndarray)) and len(value) == 2
+            good = value in (1, -1, 0) if name == "labels" else isinstance(value, (list, tuple)) and len(value) == 2
             if not good: raise DataError(f"comparison {row}: {name}: expected {'1, -1 or 0' if name == 'labels' else 'a pair'}, got {ascii(value)[:60]}")
     flat = lambda pairs: [value for pair in pairs for value in pair]
     return Answers([prompt for prompt in prompts for _ in "ab"], flat(responses), flat(models), [won for label in labels for won in (label == 1, label == -1)])
@@ -372,9 +375,11 @@ class FinetunableAnswers(AnswerModel):
     def inputs(self, answers: Answers) -> list[str]:
         "Prompt, separator, response."
         mark = next((found for name in ("sep_token", "eos_token") if (found := getattr(self.encoder.tokenizer, name, None))), "[SEP]")
-        limit = self.encoder.max_seq_length
-        room = int(2 * limit) if limit and limit < float("inf") else None
-        return [f"{prompt[:room]} {mark} {response}" for prompt, response in zip(answers.prompts, answers.responses)]
+        limit, prompts = self.encoder.max_seq_length, answers.prompts.tolist()
+        if limit and limit < float("inf"):
+            spans = self.encoder.tokenizer(prompts, add_special_tokens=False, truncation=True, max_length=max(1, limit // 2), return_offsets_mapping=True)["offset_mapping"]
+            prompts = [prompt[:some[-1][1]] if some else prompt for prompt, some in zip(prompts, spans)]
+        return [f"{prompt} {mark} {response}" for prompt, response in zip(prompts, answers.responses)]
 
     def forward(self, features: dict) -> dict:  # of 3 b texts: anchors, then positives, then negatives
         "Loss and metrics of a batch of triplets."
