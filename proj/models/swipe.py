@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'WRAPPINGS', 'SwipeConfig', 'swipe_config', 'SwipeEmbeddings', 'SwipePreTrained', 'SwipeStates', 'SwipeModel',
-           'SwipeGuesses', 'SwipeForPreTraining', 'SwipeCrossEncoder', 'Loaded', 'load_base', 'cropped', 'SwipeScorer']
+           'SwipeGuesses', 'SwipeForPreTraining', 'SwipeCrossEncoder', 'place_letters', 'Loaded', 'load_base',
+           'cropped', 'SwipeScorer']
 
 # %% ../../nbs/35_models.swipe.ipynb #ada2a8a0
 import shutil
@@ -18,10 +19,11 @@ from fastcore.basics import patch
 from torch import nn
 from transformers import (AutoConfig, AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification, AutoProcessor, PreTrainedConfig,
                           PreTrainedModel)
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..core import ConfigError, DataError, ProjError, disk_error, named, pick_device, pick_precision, read_json, sha256_weights
-from ..data.swipes import CLS, MASK, PAD, SEP, SYMBOLS
+from ..data.swipes import CLS, MASK, PAD, SEP, SYMBOL_ID, SYMBOLS
 from ..manifest import replace_folder, write_manifest
 from .dual import Ranking, free_for_model, make_ranking
 from .encoder import quiet
@@ -73,6 +75,7 @@ class SwipeEmbeddings(nn.Module):
         self.points, self.symbols = nn.Linear(config.channels, d), nn.Embedding(config.symbols, d)
         self.places, self.sides = nn.Embedding(2 + config.path_length + config.word_length, d), nn.Embedding(2, d)
         self.norm, self.dropout = nn.LayerNorm(d), nn.Dropout(config.hidden_dropout_prob)
+        self.points.wide = self.symbols.wide = True  # see `_init_weights`
 
     def forward(self, path_values, path_mask, input_ids, word_mask, hidden_points=None):
         (b, n), (m, device) = path_mask.shape, (word_mask.shape[1], path_mask.device)
@@ -88,6 +91,13 @@ class SwipePreTrained(PreTrainedModel):
     "What the three models share."
     config_class, base_model_prefix, main_input_name = SwipeConfig, "base", "path_values"
 
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if not getattr(module, "wide", False): return super()._init_weights(module)
+        scale = torch.full_like(module.weight, 1.0 if isinstance(module, nn.Embedding) else 0.2)  # at the usual .02 a key more or less would drown in the places' own vectors
+        if isinstance(module, nn.Linear): scale[:, :2] = 4.0                                        # x and y: keys are a tenth apart
+        init.copy_(module.weight, scale * torch.randn_like(module.weight))
+        if isinstance(module, nn.Linear): init.zeros_(module.bias)
 
 @dataclass
 class SwipeStates(ModelOutput):
@@ -171,6 +181,19 @@ class SwipeCrossEncoder(SwipePreTrained):
         if not 0 <= n <= len(self.base.layers): raise ConfigError(f"n is {n}; the encoder has {len(self.base.layers)} layers")
         self.freeze_encoder()
         for layer in self.base.layers[len(self.base.layers) - n:]: layer.requires_grad_(True)
+
+# %% ../../nbs/35_models.swipe.ipynb #7a4f5dba
+@torch.no_grad()
+def place_letters(model: SwipePreTrained, keyboard, seed: int = 0):
+    "Begin with the letters at their keys."
+    embeddings, centres = model.base_model.embeddings, torch.from_numpy(keyboard.centres).float()
+    weight = embeddings.points.weight[:, :2]                                          # (d, 2): x and y are the first channels
+    embeddings.points.bias.copy_(-(weight @ centres.mean(0).to(weight)))
+    noise = 0.1 * torch.randn(len(centres), weight.shape[0], generator=torch.Generator().manual_seed(seed))
+    at = [SYMBOL_ID[key] for key in keyboard.keys if key in SYMBOL_ID]
+    rows = [row for row, key in enumerate(keyboard.keys) if key in SYMBOL_ID]
+    embeddings.symbols.weight[at] = (centres.to(weight) @ weight.T + embeddings.points.bias + noise.to(weight))[rows]
+    return model
 
 # %% ../../nbs/35_models.swipe.ipynb #710ab79d
 WRAPPINGS = ("module.", "_orig_mod.", "model.", "base.")

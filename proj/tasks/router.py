@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['whole_text', 'RouterItems', 'costs_of', 'strengths', 'comparisons_in', 'qualities', 'RouterTraining', 'featuriser',
-           'bradley_terry_scores', 'rows_for', 'Routed', 'measured_on', 'spread', 'write_predictions', 'Wish',
-           'load_run', 'calibrated', 'route_run', 'rank_run', 'evaluate_run']
+           'bradley_terry_scores', 'answers_of', 'move', 'rows_for', 'Routed', 'measured_on', 'spread',
+           'write_predictions', 'Wish', 'load_run', 'calibrated', 'route_run', 'rank_run', 'evaluate_run']
 
 # %% ../../nbs/80_tasks.router.ipynb #885cd063
 from dataclasses import dataclass, fields
@@ -17,13 +17,16 @@ from fastcore.basics import patch
 
 from ..batches import token_counts
 from ..config import EvaluateConfig, TrainConfig, make
-from ..core import ConfigError, DataError, atomic, log, pick_device, pick_precision, read_json, rng, write_json
+from ..core import ConfigError, DataError, atomic, leader, log, pick_device, pick_precision, read_json, rng, write_json
 from ..data.comparisons import Comparisons, Outcomes
 from ..data.sources import find_data
 from ..compare import Summary
 from ..evaluate import Figures
 from ..metrics import ledger
 from ..losses.rank import make_rank_loss, rank_loss_named
+from ..models.answer_sets import ANSWER_MODELS, load_answer_model
+from ..models.answers import answers_from
+from ..models.dual import DualEncoder
 from ..models.encoder import load_encoder
 from ..models.router import Router, RouterModel
 from ..phases import ModuleTraining
@@ -159,6 +162,55 @@ def bradley_terry_scores(train) -> np.ndarray:
     "The models' strength without the prompt."
     return bradley_terry(comparisons_in(train), len(train.models)).models
 
+# %% ../../nbs/80_tasks.router.ipynb #ddf2824b
+def answers_of(data):
+    "The answers of a part, two for each vote."
+    if isinstance(data, Outcomes) or not any(text.strip() for pair in data.responses for text in pair):
+        raise ConfigError("embedding.kind other than id needs the models' answers: rows with response_a and response_b, or conversations; choose id")
+    some = [at for at, pair in enumerate(data.responses) if all(text.strip() for text in pair)]
+    names = np.array(data.models, object)
+    return answers_from([data.prompts[data.prompt[at]] for at in some], [tuple(data.responses[at]) for at in some],
+                        [(names[data.first[at]], names[data.second[at]]) for at in some], [data.label[at] for at in some])
+
+
+@patch
+def vectors(self: RouterTraining) -> np.ndarray:  # (m, d)
+    "Each model's vector, from its answers in the training part."
+    spec, answers, device = self.cfg.embedding, answers_of(self.parts.train), self.device
+    if lacking := [name for name in self.parts.models if name not in answers.names]: raise DataError(f"no answer of '{lacking[0]}' in the training part; embedding.kind=id needs none")
+    encoder = DualEncoder(load_encoder(self.cfg.model, texts=list(self.parts.train.prompts), max_length=self.cfg.max_length, device=device, seed=self.cfg.seed), precision=self.precision)
+    model = load_answer_model(spec.load_from, encoder, device) if spec.load_from else ANSWER_MODELS[spec.kind](encoder.model if spec.kind == "finetunable" else encoder, dim=spec.dim, seed=self.cfg.seed)
+    inputs = model.inputs(answers)
+    if not spec.load_from: self.embedded(model.to(device), answers, inputs)
+    found = model.vectors(answers, inputs)
+    return np.stack([found[name] for name in self.parts.models])
+
+
+@patch
+def embedded(self: RouterTraining, model, answers, inputs):
+    "The first phase; the embedding model is kept in phases/embedding."
+    rows = model.dataset(answers, self.cfg.seed, inputs=inputs)
+    try: held = model.dataset(held_answers := answers_of(self.parts.validation), self.cfg.seed, inputs=model.inputs(held_answers))
+    except (ConfigError, DataError): held = rows  # too few answers to draw from: at least not the batches of training
+    def loss(model, batch):
+        found = model(**batch)
+        return found["loss"], {name: float(value) for name, value in found.items() if name != "loss"}
+    def held_out() -> np.ndarray:
+        model.eval()
+        with torch.inference_mode():
+            batch = held.collate([held[at] for at in range(min(len(held), 1 if self.cfg.embedding.kind == "attention" else 64))])
+            return np.array([float(loss(model, {name: move(value, self.device) for name, value in batch.items()})[0])])
+    self.phase("embedding", model, rows, self.phase_lengths(rows), rows.collate, loss, held_out, epochs=self.cfg.embedding.epochs, lr=self.cfg.embedding.lr, batch_size=1 if self.cfg.embedding.kind == "attention" else 32)
+    model.eval()
+    if leader(): model.save(self.run / "phases" / "embedding")
+
+
+def move(value, device): return {name: part.to(device) for name, part in value.items()} if isinstance(value, dict) else value.to(device)
+
+
+@patch
+def phase_lengths(self: RouterTraining, rows) -> np.ndarray: return np.ones((len(rows), 1), int)
+
 # %% ../../nbs/80_tasks.router.ipynb #ce30ad69
 @patch
 def features(self: RouterTraining, data):
@@ -232,7 +284,6 @@ def baselines(self: RouterTraining) -> Figures:
 
 def rows_for(data, encoder, precision: str) -> RouterRows:
     "What the baselines see of a part; `encoder` is one that was not trained, or None."
-    from proj.models.dual import DualEncoder
     texts, comparisons = [whole_text(p, h) for p, h in zip(data.prompts, data.history)], comparisons_in(data)
     quality = data.scores if isinstance(data, Outcomes) else quality_of(comparisons, len(texts), len(data.models))
     category = None if None in data.category else np.array(data.category)

@@ -26,7 +26,7 @@ from ..decoding import Decoder, Elsewhere, by_length, by_quality, confused_lette
 from ..evaluate import Figures
 from ..losses.swipe import GroupLoss, SwipeLoss
 from ..models.processor import SwipeProcessor, two_views
-from ..models.swipe import SIZES, SwipeCrossEncoder, SwipeForPreTraining, SwipeScorer, cropped, swipe_config
+from ..models.swipe import SIZES, SwipeCrossEncoder, SwipeForPreTraining, SwipeScorer, cropped, place_letters, swipe_config
 from ..phases import ModuleTraining
 from ..run import Run, step
 from ..swipe_parts import SwipeParts, guard_swipes, load_swipes, swipe_files
@@ -154,7 +154,8 @@ class SwipeTraining(ModuleTraining):
         longest = max(map(len, self.parts.lexicon.words))
         processor = SwipeProcessor(spec.channels, spec.points, max(24, longest + 1), spec.resample)
         dropout = {} if cfg.dropout is None else dict(hidden_dropout_prob=cfg.dropout)
-        return SwipeScorer(SwipeCrossEncoder(swipe_config(cfg.model, processor, **dropout)), processor, self.device, self.precision)
+        model = place_letters(SwipeCrossEncoder(swipe_config(cfg.model, processor, **dropout)), self.parts.keyboard, cfg.seed)
+        return SwipeScorer(model, processor, self.device, self.precision)
 
     def load(self, folder, precision: str) -> SwipeScorer:
         inside = Path(folder, "model") if Path(folder, "run.json").is_file() else folder
