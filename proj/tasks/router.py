@@ -170,7 +170,7 @@ def answers_of(data):
     some = [at for at, pair in enumerate(data.responses) if all(text.strip() for text in pair)]
     names = np.array(data.models, object)
     return answers_from([data.prompts[data.prompt[at]] for at in some], [tuple(data.responses[at]) for at in some],
-                        [(names[data.first[at]], names[data.second[at]]) for at in some], [data.label[at] for at in some])
+                        [(names[data.first[at]], names[data.second[at]]) for at in some], [float(data.label[at]) for at in some])
 
 
 @patch
