@@ -26,6 +26,7 @@ class ModuleTraining(Training):
     def lengths(self, items) -> np.ndarray: return np.ones((len(items), 1), int)
     def first(self): "Train what has to be there before the model is trained: calls `phase`."
     def validate(self) -> np.ndarray: return self.values()
+    def optimizer(self): return self.cfg.optimizer
 
     def trainer(self):
         self.first()
@@ -45,7 +46,7 @@ class ModuleTraining(Training):
         callbacks = [history_callback(self.run, monitor, phase)] + ([EarlyStoppingCallback(cfg.early_stopping)] if cfg.early_stopping else [])
         trainer = library(model=module, args=args, train_dataset=items, data_collator=collate, loss=loss, evaluator=evaluator, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)
-        if not phase: trainer.moved_by = cfg.optimizer
+        if not phase: trainer.moved_by = self.optimizer()
         return trainer
 
     def phase(self, name: str, module, items, lengths, collate, loss, values, monitor: str = "loss", greater: bool = False, **change):

@@ -7,7 +7,7 @@ __all__ = ['mask_labels', 'worth_keeping', 'history_callback', 'validation', 'ke
            'check_report_to', 'schedule_options', 'intervals', 'trainer_arguments']
 
 # %% ../nbs/60_trainer.ipynb #a13af890
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -157,7 +157,7 @@ def rows_of(batch) -> int:
     if torch.is_tensor(batch): return len(batch)
     values = vars(batch) if is_dataclass(batch) else batch
     if "batch_size" in values: return int(values["batch_size"])
-    return next(len(value) for value in values.values() if torch.is_tensor(value) and value.ndim)
+    return next(len(value) if torch.is_tensor(value) else rows_of(value) for value in values.values() if isinstance(value, Mapping) or (torch.is_tensor(value) and value.ndim))
 
 
 def module_trainer(

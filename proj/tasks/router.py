@@ -179,7 +179,7 @@ def vectors(self: RouterTraining) -> np.ndarray:  # (m, d)
     spec, answers, device = self.cfg.embedding, answers_of(self.parts.train), self.device
     if lacking := [name for name in self.parts.models if name not in answers.names]: raise DataError(f"no answer of '{lacking[0]}' in the training part; embedding.kind=id needs none")
     encoder = DualEncoder(load_encoder(self.cfg.model, texts=list(self.parts.train.prompts), max_length=self.cfg.max_length, device=device, seed=self.cfg.seed), precision=self.precision)
-    model = load_answer_model(spec.load_from, encoder, device) if spec.load_from else ANSWER_MODELS[spec.kind](encoder.model if spec.kind == "finetunable" else encoder, dim=spec.dim, seed=self.cfg.seed)
+    model = load_answer_model(spec.load_from, None if spec.kind == "finetunable" else encoder, device) if spec.load_from else ANSWER_MODELS[spec.kind](encoder, dim=spec.dim, seed=self.cfg.seed)
     inputs = model.inputs(answers)
     if not spec.load_from: self.embedded(model.to(device), answers, inputs)
     found = model.vectors(answers, inputs)
@@ -230,6 +230,14 @@ def lengths(self: RouterTraining, items: RouterItems) -> np.ndarray:
     if items.weights is not None: return np.ones((len(items), 1), int)  # which prompt comes where is drawn later
     tokens = np.minimum(token_counts(items.texts, self.encoder.model.encoder.tokenizer), self.cfg.max_length)
     return tokens[[at for at, _, _ in items.rows]][:, None]
+
+
+@patch
+def optimizer(self: RouterTraining):
+    "As configured; given vectors of models are not moved."
+    spec = self.cfg.optimizer
+    if not self.encoder.model.models.frozen: return spec
+    return spec.model_copy(update=dict(lr_multipliers={part: factor for part, factor in spec.lr_multipliers.items() if part != "models"}))
 
 
 @patch
