@@ -132,7 +132,7 @@ def prompts_side(self: RouterModel, vectors: torch.Tensor, features: torch.Tenso
     "What the head makes of prompts."
     given = 0 if features is None else features.shape[-1]
     if given != self.features: raise DataError(f"got {given} features a prompt, the router was made for {self.features}; pass a (prompts, {self.features}) matrix")
-    vectors = vectors[:, :self.encoder.get_embedding_dimension()].float()
+    vectors = F.normalize(vectors[:, :self.encoder.get_embedding_dimension()].float()) * self.encoder.get_embedding_dimension()**0.5  # entries of about 1, as the features have
     return self.head.prompt_side(vectors if features is None else torch.cat([vectors, features.to(vectors)], -1))
 
 
