@@ -1,5 +1,7 @@
 TASK   ?= dual
-LOSS   ?= $(if $(filter cross,$(TASK)),softmax,mnr)
+LOSS_cross = softmax
+LOSS_router = margin_ranking
+LOSS   ?= $(or $(LOSS_$(TASK)),mnr)
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
@@ -10,7 +12,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint docs readme summary reranked clean
+.PHONY: help setup train test lint docs readme summary reranked figures clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
@@ -26,7 +28,7 @@ $(READY): settings.ini constraints.txt setup.py
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,offline,qlora]'
 	@touch $@
 
-train: setup  ## train with LOSS, evaluate, write the report: make train LOSS=mnr, or TASK=cross
+train: setup  ## train with LOSS, evaluate, write the report: make train LOSS=mnr, or TASK=cross, router, swipe
 	@out="runs/$(TASK)-$(LOSS)-$$(date -u +%Y%m%d-%H%M%S)" && mkdir -p "$$out" && set -x && \
 	papermill -k python3 --log-output --no-progress-bar nbs/train.ipynb "$$out/report.ipynb" -p task $(TASK) -p loss $(LOSS) -p out "$$out" $(ARGS) && \
 	{ set +x; } 2>/dev/null && echo "The report: $$out/report.html"
@@ -56,6 +58,11 @@ reranked: setup  ## keep the figures of RUNS of task cross as nbs/results/rerank
 	$(VENV)/bin/python -c "import sys; from proj.core import write_json; from proj.report import Report; \
 	write_json('nbs/results/reranked.json', [dict(metrics={k: r.results()[k] for k in ('pool', 'systems', 'differences')}, \
 	  **{k: r.config[k] for k in ('data', 'retriever', 'depth', 'loss')}, leaking=r.facts_['guard']['leaking_queries']['test'], versions=r.facts_['versions']) for r in map(Report, sys.argv[1:])])" $(RUNS)
+
+figures: setup  ## keep the figures of RUNS as nbs/results/NAME.json, for the README: make figures NAME=swipe RUNS="a b" LABELS="seed 0,seed 1"
+	$(VENV)/bin/python -c "import sys; from proj.core import write_json; from proj.report import Report; name, labels, *runs = sys.argv[1:]; \
+	write_json(f'nbs/results/{name}.json', [dict(label=label, metrics={k: r.metrics[k] for k in ('pool', 'systems', 'differences')}, data=r.config['data'], loss=r.config['loss'], seed=r.config['seed'], \
+	  versions=r.facts_['versions']) for label, r in zip(labels.split(','), map(Report, runs), strict=True)])" $(NAME) "$(LABELS)" $(RUNS)
 
 clean:  ## remove caches and builds; runs and the virtual environment stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis _proc _docs

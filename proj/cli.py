@@ -263,12 +263,15 @@ def _losses():
 def _data():
     from proj.data.sources import PUBLIC
     return [("stdlib", "functions of the running Python's standard library", "always here"), ("installed", "functions of every installed package", "always here"),
+            ("retrievers", "router: which of BM25, static and MiniLM finds each function of the standard library", "always here"),
+            ("synthetic", "swipe: synthetic paths over the words of the Python reference", "always here"),
             *((name, what, f"under $PROJ_DATA; source: {where}") for name, (what, where) in PUBLIC.items())]
 
 
 def _models():
     return [("minilm", "all-MiniLM-L6-v2, 22.7 million parameters, from the hub's cache or the packaged weights"), ("tiny", "from scratch, 2 layers of 128: a minute on a laptop"),
             ("scratch", "from scratch, 81.5 million parameters"), ("static", "average of word embeddings, no attention: the quick baseline"),
+            ("mini, tiny, base", "swipe, from scratch: .6, 3.3 and 85.8 million parameters"),
             ("FOLDER or HUB/ID", "any sentence-transformers or transformers checkpoint")]
 
 

@@ -221,3 +221,12 @@ def test_vectors_of_models_from_their_answers(tmp_path, kind):
 
 def test_answers_are_needed_for_vectors_from_answers(data, tmp_path):
     with pytest.raises(ConfigError, match="needs the models' answers"): training(config(data, tmp_path / "run", embedding=dict(kind="frozen")))
+
+
+def test_muon_moves_the_encoder_s_matrices(data, tmp_path):
+    this = training(config(data, tmp_path / "run", epochs=1, optimizer=dict(method="muon", lr_multipliers={"head": 3.0})))
+    made = this.trainer()
+    made.create_optimizer()
+    by = {by: [name for g in made.optimizer.param_groups if g["by"] == by for name in g["param_names"]] for by in ("muon", "adamw")}
+    assert by["muon"] and all(name.startswith("encoder.") for name in by["muon"]) and any(name.startswith("head.") for name in by["adamw"])
+    this.run.release()

@@ -27,6 +27,10 @@ PUBLIC = {  # data sets that are known by name, and where a copy comes from
     "pymined": ("docstring -> function of Python packages", "mine your own: data=installed"),
     "scifact": ("claim -> abstract", "https://github.com/allenai/scifact, or the BEIR benchmark"),
     "medquad": ("medical question -> answer", "https://github.com/abachaa/MedQuAD"),
+    "routellm": ("GPT-4 against Mixtral on MMLU and GSM8K, for task router", "https://github.com/lm-sys/RouteLLM"),
+    "mt_bench_human": ("votes on the answers of six language models, for task router", "the data set lmsys/mt_bench_human_judgments"),
+    "swipe": ("finger paths and their words, for task swipe", "How We Swipe (Leiva et al., 2021), https://osf.io/sj67f"),
+    "openclip": ("CLIP models on 38 data sets, for task recommend", "https://github.com/mlfoundations/open_clip, docs/openclip_results.csv"),
 }
 
 
