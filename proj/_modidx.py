@@ -1091,6 +1091,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'proj.routing.Truth': ('routing.html#truth', 'proj/routing.py'),
                               'proj.routing.Truth.gain': ('routing.html#truth.gain', 'proj/routing.py'),
                               'proj.routing._at_cost': ('routing.html#_at_cost', 'proj/routing.py'),
+                              'proj.routing._compared': ('routing.html#_compared', 'proj/routing.py'),
                               'proj.routing._figure': ('routing.html#_figure', 'proj/routing.py'),
                               'proj.routing._matrix': ('routing.html#_matrix', 'proj/routing.py'),
                               'proj.routing._measured': ('routing.html#_measured', 'proj/routing.py'),

@@ -73,7 +73,7 @@ class Curve:
         area = np.einsum("bk,bk->b", count, reached) - np.einsum("bk,bk->b", count, gain) / 2  # trapezoids
         return {"apgr": area / whole / total, **{f"cpt@{level}": cheapest_share(count, gain, reached, whole * level / 100) / total for level in (50, 80)}}
 
-
+# %% ../nbs/71_routing.ipynb #55dc84f3
 def cheapest_share(
     count: np.ndarray,    # (b, k) prompts in each step
     gain: np.ndarray,     # (b, k) what the step gains
@@ -155,7 +155,7 @@ def corner_weights(
     weights = np.append(half, end - x[-1]) + np.append(0, half)
     return weights / (end - x[0]) if end > x[0] else np.ones(1)
 
-
+# %% ../nbs/71_routing.ipynb #cdae4d96
 class Plane:
     "A router's policies in the plane of cost and quality."
     def __init__(
@@ -167,7 +167,7 @@ class Plane:
         chosen = trade_offs(scores, cost.mean(0))
         self.cost, self.quality = (np.take_along_axis(part, chosen, 1) for part in (cost, quality))  # (p, k)
         shuffled = rng(0, "halves").permutation(len(scores))
-        self.halves = [half for half in (np.sort(shuffled[::2]), np.sort(shuffled[1::2])) if len(half)]
+        self.halves = [np.sort(half) for half in (shuffled[::2], shuffled[1::2]) if len(half)]
         self.both = [np.concatenate([self.cost[half], self.quality[half]], axis=1) for half in self.halves]  # (p / 2, 2 k)
 
     def points(self) -> tuple: return self.cost.mean(0), self.quality.mean(0)  # (k,), (k,)
@@ -214,7 +214,7 @@ def _matrix(values, name: str, shape: tuple, missing: bool = False) -> np.ndarra
     if len(bad): raise DataError(f"{name} of prompt {bad[0][0]} and model {bad[0][1]} is {values[tuple(bad[0])]}; expected a finite number")
     return values
 
-
+# %% ../nbs/71_routing.ipynb #6379504a
 @dataclass(frozen=True, eq=False)
 class Truth:
     "What routers are measured against, checked."
@@ -231,7 +231,17 @@ class Truth:
     @property
     def gain(self) -> np.ndarray: return self.quality[:, self.strong] - self.quality[:, self.weak]  # (k,)
 
+def _compared(comparisons, shape: tuple) -> tuple:
+    "Rows, firsts, seconds, labels as arrays; what does not fit is refused."
+    parts = tuple(np.asarray(part, int) for part in comparisons)
+    if len(parts) != 4 or len({part.shape for part in parts}) > 1: raise DataError("comparisons should be rows, first models, second models and labels, all of one length")
+    row, first, second, label = parts
+    for name, part, low, high in (("row", row, 0, shape[0] - 1), ("first model", first, 0, shape[1] - 1), ("second model", second, 0, shape[1] - 1), ("label", label, -1, 1)):
+        bad = np.flatnonzero((part < low) | (part > high))
+        if len(bad): raise DataError(f"comparison {bad[0]} has the {name} {part[bad[0]]}; expected {low} to {high}")
+    return parts
 
+# %% ../nbs/71_routing.ipynb #c8d84238
 def truth_of(
     quality,           # (p, m) NaN where unknown
     cost,              # (m,) or (p, m)
@@ -250,14 +260,14 @@ def truth_of(
     price, rows = cost.mean(0), np.flatnonzero(np.isfinite(quality).all(1))
     pair = [int(pick) if name is None else named("model", name, where) for name, pick in ((strong, price.argmax()), (weak, price.argmin()))]
     if pair[0] == pair[1] and (strong or weak): raise ConfigError(f"strong and weak are both '{models[pair[0]]}'; name two models")
-    truth = Truth(quality[rows], cost[rows], rows, shape, comparisons_of(quality) if comparisons is None else comparisons, models, *pair)
+    truth = Truth(quality[rows], cost[rows], rows, shape, comparisons_of(quality) if comparisons is None else _compared(comparisons, shape), models, *pair)
     if not len(rows): truth.notes.append("no quality at cost: no prompt has the quality of all models")
     elif price.max() <= price.min(): truth.notes.append("no aiq: all models cost the same")
     if pair[0] == pair[1]: truth.notes.append("no apgr, no cpt: without prices, say which model is strong and which is weak")
     elif len(rows) and truth.gain.sum() <= 1e-9: truth.notes.append(f"no apgr, no cpt: '{models[pair[0]]}' is not better than '{models[pair[1]]}' on these prompts")
     return truth
 
-# %% ../nbs/71_routing.ipynb #2deda088
+# %% ../nbs/71_routing.ipynb #d8b151e5
 def values_of(scores: np.ndarray, truth: Truth) -> dict:  # metric -> (k,)
     "One value for each prompt that has the quality of all models; the means are the figures."
     scores, values = scores[truth.rows], {}
@@ -267,7 +277,7 @@ def values_of(scores: np.ndarray, truth: Truth) -> dict:  # metric -> (k,)
     values["mean_score"] = (taken(scores) * truth.quality).sum(1)
     return values | dict(regret=truth.quality.max(1) - values["mean_score"])
 
-
+# %% ../nbs/71_routing.ipynb #a3281987
 def resamples(n: int, seed: int = 0, n_resamples: int = 2_000):
     "Blocks (b, n) of how often each prompt is drawn."
     draw, step = rng(seed, "routing bootstrap"), max(1, 2**17 // n)
@@ -295,7 +305,7 @@ def _figure(value: float, draws: np.ndarray, n: int, difference: bool = False) -
     extreme = 1 + min((draws <= 1e-12).sum(), (draws >= -1e-12).sum())
     return figure | dict(p=min(1.0, 2 * float(extreme) / (1 + len(draws))) if sure else 1.0)
 
-# %% ../nbs/71_routing.ipynb #a3281987
+# %% ../nbs/71_routing.ipynb #9838e1cf
 def evaluate_routers(
     predictions: dict,  # name -> (p, m) scores; the router of interest first
     quality,            # (p, m) NaN where unknown
@@ -324,7 +334,7 @@ def evaluate_routers(
         _merge(found, summarise(means, truth.rows, pairs, seed, n_resamples))
     return found
 
-
+# %% ../nbs/71_routing.ipynb #43f6e9ec
 def _merge(found: Summary, more: dict):
     for part in ("systems", "differences"):
         for name, figures in more[part].items(): found[part][name].update(figures)
@@ -350,18 +360,17 @@ def verdict(
     router: str,       # a system
     baseline: str = "best_single",
     metrics=VERDICT,   # those that were measured on both are told
-) -> str:              # "beats best single: aiq yes, +0.012 [+0.004, +0.020]; mean_score not shown by n = 12,542, ..."
+) -> str:              # "beats best single model: yes (aiq +0.0120 [+0.0040, +0.0200]); not shown by n = 12,542 (mean_score ...)"
     "Whether a router beats a baseline, a line that says no as plainly as yes."
     figures = named("difference", f"{router} - {baseline}", result["differences"])
     def one(metric):
         figure = figures[metric]
-        if figure["ci95"] is None: return f"{metric} not shown by n = {figure['n']:,}"
-        (low, high), n = figure["ci95"], figure["n"]
-        said = "yes" if low > 0 else "no" if high < 0 else f"not shown by n = {n:,}"
-        return f"{metric} {said}, {figure['value']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        low, high = figure["ci95"] or (-np.inf, np.inf)
+        said = "yes" if low > 0 else "no" if high < 0 else f"not shown by n = {figure['n']:,}"
+        return f"{said} ({metric} {figure['value']:+.4f} [{low:+.4f}, {high:+.4f}])"
     told = [metric for metric in metrics if metric in figures]
     if not told: raise ConfigError(f"none of {', '.join(metrics)} was measured on '{router}' and '{baseline}'; choose from {', '.join(figures) or 'nothing'}")
-    return f"beats {baseline.replace('_', ' ')}: " + "; ".join(map(one, told))
+    return f"beats {baseline.replace('_', ' ')}{' model' if baseline == 'best_single' else ''}: " + "; ".join(map(one, told))
 
 # %% ../nbs/71_routing.ipynb #e49d573f
 def cost_quality_plane(
