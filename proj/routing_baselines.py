@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .core import ConfigError, DataError, log, named, rng
-from .routing import comparisons_of
+from .quality_at_cost import comparisons_of
 
 # %% ../nbs/72_routing_baselines.ipynb #598a49bd
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from scipy import stats
 from scipy.spatial import ConvexHull
 
 from proj.core import ConfigError, DataError, rng
-from proj.routing import Curve, Plane, _figure, apgr_values, climbs, comparisons_of, corner_weights, corners, cost_quality_plane, evaluate_routers, pairwise_accuracy, resamples, trade_offs, truth_of, values_of, verdict
+from proj.quality_at_cost import Curve, Plane, apgr_values, climbs, comparisons_of, corner_weights, corners, pairwise_accuracy, trade_offs
+from proj.routing import _figure, cost_quality_plane, evaluate_routers, resamples, truth_of, values_of, verdict
 from proj.routing_baselines import BASELINES, RouterRows, bradley_terry, fit_baselines, quality_of
 from proj.thresholds import betting, hoeffding_bentkus, loss_threshold, share_threshold
 
@@ -75,7 +76,7 @@ def test_limits():
 def test_only_the_order_counts(seed):
     draw = np.random.default_rng(seed)
     score, gain = draw.normal(size=50), draw.integers(-1, 2, 50) + .2
-    if gain.sum() <= 0: gain = -gain
+    gain[0] += max(0, 1 - gain.sum())  # a gap that can be recovered
     shuffled = draw.permutation(50)
     one, two, three = (Curve(s, g).metrics(np.ones((1, 50))) for s, g in ((score, gain), (np.exp(3 * score) - 7, gain), (score[shuffled], gain[shuffled])))
     for metric in one: assert one[metric] == pytest.approx(two[metric], abs=1e-9) and one[metric] == pytest.approx(three[metric], abs=1e-9)
