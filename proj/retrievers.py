@@ -73,7 +73,7 @@ class Outcomes(NamedTuple):
         rows = [f"{name:<8}{c:>11.4f} M{self.facts['milliseconds'][name]:>9.2f} ms   mrr {q.mean():.3f}   hit@1 {(q == 1).mean():.3f}" for name, c, q in zip(self.models, self.cost, self.quality.T)]
         return "\n".join([f"{len(self.prompts):,} queries over {self.facts['pool']:,} documents, {len(set(self.group)):,} groups", *rows])
 
-
+# %% ../nbs/49_retrievers.ipynb #bc3fbb4f
 def outcomes_of(
     store: Store,          # its documents are the pool
     device: str = "cpu",
@@ -82,11 +82,11 @@ def outcomes_of(
     "Ask each retriever each query of a store."
     queries, documents, right = store.query_texts, store.document_texts, np.zeros((len(store.queries), len(store.documents)), bool)
     right[store.query_rows[store.grades > 0], store.document_rows[store.grades > 0]] = True
-    encoders = {name: DualEncoder(load_encoder(name, device=device)) for name in MODELS[1:]}  # a MachineError where MiniLM is not to be had
+    encoders = [DualEncoder(load_encoder("static", texts=documents, device=device)), DualEncoder(load_encoder("minilm", device=device))]  # a MachineError where MiniLM is not to be had
     lexical = BM25().blocks(queries[:timed + 1], documents, size=1)
     quality = [np.concatenate([reciprocal_ranks(scores, right[block]) for block, scores in BM25().blocks(queries, documents)])]
     work, clock = [lexical_work(queries, documents)], [milliseconds(lambda _: next(lexical), queries[:timed + 1])]
-    for encoder in encoders.values():
+    for encoder in encoders:
         vectors = encoder.encode(documents, kind="document")
         asked = encoder.encode(queries, kind="query")
         parts = [slice(i, i + 512) for i in range(0, len(queries), 512)]
@@ -105,9 +105,9 @@ def retriever_outcomes(
     device: str = "cpu",
 ) -> Outcomes:
     "Which retriever finds the right function of the standard library."
+    if max_queries is not None and max_queries < 2: raise ConfigError(f"max_queries is {max_queries}; expected 2 or more")
     store = load_test("stdlib")
     if max_queries is not None:
-        if max_queries < 2: raise ConfigError(f"max_queries is {max_queries}; expected 2 or more")
         rows = rng(seed, "retrievers").permutation(len(store.queries))[:max_queries]
         store = store.take(np.sort(rows), own_documents=True)
     return outcomes_of(store, device)

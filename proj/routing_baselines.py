@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .core import ConfigError, DataError, log, named, rng
-from .routing import comparisons_of
+from .quality_at_cost import comparisons_of
 
 # %% ../nbs/72_routing_baselines.ipynb #598a49bd
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class RouterRows:
         return replace(self, texts=[self.texts[i] for i in rows], quality=self.quality[rows], comparisons=(place[row[there]], *(part[there] for part in rest)),
                        **{name: part[rows] for name in ("category", "vectors") if (part := getattr(self, name)) is not None})
 
-
+# %% ../nbs/72_routing_baselines.ipynb #dfbd23a9
 def quality_of(
     comparisons,    # rows, firsts, seconds, labels, each (c,)
     prompts: int,
@@ -168,7 +168,7 @@ class Features:
         made = dict(category=lambda: self.categories.transform(self._labels(rows)), words=lambda: self.words.transform(rows.texts), vectors=lambda: csr_matrix(rows.vectors))
         return hstack([made[part]() for part in self.parts]).tocsr()
 
-
+# %% ../nbs/72_routing_baselines.ipynb #53ae2210
 def ridge(train: RouterRows, parts: tuple, alpha: float):
     "A ridge regression of each model's quality, on the prompts where it is known."
     from sklearn.linear_model import Ridge
@@ -219,7 +219,7 @@ BASELINES = {
     "oracle": Baseline(oracle, about="knows the answers"),
 }
 
-
+# %% ../nbs/72_routing_baselines.ipynb #af27772c
 def lacking(train: RouterRows, need: str) -> str:
     "Why a need is not met, or nothing."
     if need == "comparisons": return "" if len(train.comparisons[0]) else "no comparisons"

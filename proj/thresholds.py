@@ -34,7 +34,7 @@ def _scores(score, least: int = 1) -> np.ndarray:
 def _between(name: str, value: float, low: float = 0, high: float = 1):
     if not low < value < high: raise ConfigError(f"{name} is {value}; expected a number above {low} and below {high}")
 
-
+# %% ../nbs/48_thresholds.ipynb #2309504e
 def share_threshold(
     score,         # (n,) of calibration prompts; no outcomes are needed
     share: float,  # of strong calls, at most
