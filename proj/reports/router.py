@@ -46,7 +46,7 @@ class RouterReport(Report):
 
     def verdict(self) -> Page:
         "Whether the router beats the best single model, and every other baseline by the headline figure."
-        lines = [f"The router {self.metrics['verdict']}."] if "verdict" in self.metrics else []
+        lines = [self.metrics["verdict"]] if "verdict" in self.metrics else []
         for name, figures in self.metrics["differences"].items():
             other, d = name.removeprefix("trained - "), figures.get(self.headline)
             if not name.startswith("trained - ") or other in ("oracle",) or not d or d["ci95"] is None: continue

@@ -116,7 +116,7 @@ class RouterTraining(ModuleTraining):
         self.shape = "scores of all models of a prompt" if self.parts.scored else "votes"
         self.costs = {name: costs_of(self.parts, data, self.cfg.router.costs) for name, data in self.parts.parts()}
         truth = self.truth("validation")
-        self.monitor = "apgr" if self.parts.scored and len(self.parts.models) == 2 and len(truth.rows) and truth.gain.sum() > 1e-9 else "pairwise_accuracy"
+        self.monitor = "apgr" if truth.strong != truth.weak and len(truth.rows) and truth.gain.sum() > 1e-9 else "pairwise_accuracy"
 
     def truth(self, part: str):
         data = getattr(self.parts, part)
