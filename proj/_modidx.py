@@ -1705,6 +1705,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'proj/reports/router.py'),
                                      'proj.reports.router.RouterReport.results': ( 'reports.router.html#routerreport.results',
                                                                                    'proj/reports/router.py'),
+                                     'proj.reports.router.RouterReport.results_figure': ( 'reports.router.html#routerreport.results_figure',
+                                                                                          'proj/reports/router.py'),
                                      'proj.reports.router.RouterReport.thresholds': ( 'reports.router.html#routerreport.thresholds',
                                                                                       'proj/reports/router.py'),
                                      'proj.reports.router.RouterReport.verdict': ( 'reports.router.html#routerreport.verdict',

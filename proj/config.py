@@ -111,7 +111,7 @@ TASK_DEFAULTS = {  # task -> what is not given and not the same as for task dual
     "dual": dict(loss="mnr"),
     "cross": dict(loss="softmax", negatives=dict(candidates="auto", k=4)),
     "router": dict(loss="margin_ranking", data="retrievers", epochs=3, max_length=128, dropout=0.1, optimizer=dict(lr_multipliers={"head": 20.0, "models": 20.0})),
-    "swipe": dict(loss="mnr", data="synthetic", model="tiny", epochs=3, lr=1e-3, max_queries=300, negatives=dict(k=7), optimizer=dict(schedule="cosine_with_min_lr", lr_multipliers={"base": 0.5})),
+    "swipe": dict(loss="mnr", data="synthetic", model="mini", epochs=2, lr=1e-3, max_queries=300, negatives=dict(k=7), optimizer=dict(schedule="cosine_with_min_lr", lr_multipliers={"head": 1.0, "base": 1.0})),
 }
 TASK_ONLY = dict(retriever=("cross",), depth=("cross", "swipe"), alpha=("cross",), swipe=("swipe",), router=("router",), embedding=("router",))  # what other tasks have no use for
 
@@ -176,9 +176,9 @@ class SwipeSpec(Spec):
     channels: Annotated[Literal[3, 6, 8], Whole] = Field(3, description="of a point: 3 (place, time), 6 (motion), 8 (derivatives)")
     points: int = Field(32, ge=8, le=512, description="of a path, after resampling")
     resample: Literal["time", "arc", "index"] = Field("arc", description="along what paths are resampled")
-    synthetic: int = Field(4000, ge=0, le=10_000_000, description="synthetic paths: all there are with data=synthetic, otherwise beside the training paths")
+    synthetic: int = Field(10_000, ge=0, le=10_000_000, description="synthetic paths: all there are with data=synthetic, otherwise beside the training paths")
     repeat: int = Field(1, ge=1, le=1000, description="how often a training path comes in an epoch, beside the synthetic ones")
-    pretraining: float = Field(1, ge=0, le=1000, description="epochs of SwipeLoss before the cross-encoder is trained; 0 none")
+    pretraining: float = Field(0.5, ge=0, le=1000, description="epochs of SwipeLoss before the cross-encoder is trained; 0 none")
     kinds: Literal["both", "text", "path"] = Field("both", description="wrong words: alike in letters, alike in path, or both")
     draw: Literal["difficulty", "uniform"] = Field("difficulty", description="how wrong words are drawn from the pool")
     in_batch: bool = Field(False, description="the other words of a batch are wrong words too")
@@ -189,7 +189,7 @@ class TrainConfig(TaskSpec):
     task: Literal["dual", "cross", "router", "swipe"] = Field("dual", description="what to train: dual (a dual encoder for retrieval), cross (a cross-encoder that reranks), router (which language model for a prompt), swipe (finger path to word)")
     loss: str | None = Field(None, description="the loss, by its name; `proj list losses` shows them; softmax for cross, margin_ranking for router, mnr otherwise, when not given")
     data: str = Field("stdlib", description="stdlib, installed, a file, a folder, or a name under $PROJ_DATA; router: retrievers, swipe: synthetic, when not given")
-    model: str = Field("minilm", description="minilm, tiny, scratch, static, a folder, or a hub id; swipe: mini, tiny (when not given), base, or a folder")
+    model: str = Field("minilm", description="minilm, tiny, scratch, static, a folder, or a hub id; swipe: mini (when not given), tiny, base, or a folder")
     out: str | None = Field(None, description="run folder; runs/<task>-<loss>-<utc time> when not given")
     init_from: str | None = Field(None, description="a run whose model this one begins with, at step 0: a second stage")
     resume: Literal["auto"] | None = Field(None, description="auto: go on with the run in `out` from its newest good checkpoint, or start it")

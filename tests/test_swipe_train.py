@@ -20,7 +20,7 @@ from proj.tasks.swipe import Reranked, SwipeItems, behind, choose_blend
 from proj.templates import TemplateIndex, reciprocal
 from proj.train import training
 
-SMALL = dict(task="swipe", model="mini", epochs=2, max_queries=24, depth=8, swipe=dict(synthetic=160, points=16), negatives=dict(k=3), batch_size=16, device="cpu", precision="fp32")
+SMALL = dict(task="swipe", model="mini", epochs=2, max_queries=24, depth=8, swipe=dict(synthetic=160, points=16, pretraining=2), negatives=dict(k=3), batch_size=16, device="cpu", precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +220,45 @@ def test_a_keyboard_without_a_key_and_a_leak_are_refused(tmp_path, words):
 def test_init_from_without_a_model_is_refused(tmp_path, words):
     Run.create(tmp_path / "empty", config(words, tmp_path / "empty").model_dump(), "test")
     with pytest.raises(DataError, match="config.json"): training(second_stage(words, tmp_path / "c", tmp_path / "empty"))
+
+
+def test_a_run_is_taken_up_without_saying_its_task(run):
+    "The folder knows it; a task that is said and is another one is refused."
+    again = make(TrainConfig, dict(out=str(run.folder), resume="auto"))
+    assert type(training(again)).__name__ == "SwipeTraining"
+    Run(run.folder).release()
+    with pytest.raises(ConfigError, match="parameter 'task' is dual"): training(make(TrainConfig, dict(out=str(run.folder), resume="auto", task="dual")))
+
+
+def test_learning_rates_of_parts_and_their_schedules(words, tmp_path):
+    this = training(config(words, tmp_path / "run", swipe=dict(pretraining=0), optimizer=dict(schedule="step", factor=0.5, drops=3, lr_multipliers={"base": 0.25}), lr=1e-3))
+    made = this.trainer()
+    made.create_optimizer_and_scheduler(100)
+    rates = {group["lr"] for group in made.optimizer.param_groups}
+    assert rates == {1e-3, 2.5e-4} and {name.split(".")[0] for group in made.optimizer.param_groups if group["lr"] == 2.5e-4 for name in group["param_names"]} == {"base"}
+    seen = []
+    for _ in range(100):
+        seen.append(max(made.lr_scheduler.get_last_lr()))
+        made.optimizer.step()
+        made.lr_scheduler.step()
+    assert [seen[at] for at in (0, 24, 26, 51, 76, 99)] == pytest.approx([1e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4, 1.25e-4])
+    this.run.release()
+
+
+def test_a_choice_among_numbers_comes_from_the_command_line():
+    from proj.config import from_arguments
+    cfg = from_arguments(TrainConfig, ["--task", "swipe", "--swipe.channels", "6"], "proj train")
+    assert cfg.swipe.channels == 6 and from_arguments(TrainConfig, ["--finetuning.method", "qlora", "--finetuning.bits", "8"], "proj train").finetuning.bits == 8
+    with pytest.raises(ConfigError, match="should be 3, 6 or 8"): from_arguments(TrainConfig, ["--task", "swipe", "--swipe.channels", "5"], "proj train")
+
+
+def test_letters_begin_at_their_keys():
+    from proj.data.swipes import SYMBOL_ID
+    from proj.models.processor import SwipeProcessor
+    from proj.models.swipe import SwipeCrossEncoder, place_letters, swipe_config
+    for name in ("qwerty", "azerty"):
+        keyboard = layout(name)
+        model = place_letters(SwipeCrossEncoder(swipe_config("mini", SwipeProcessor(3, 16, 24))), keyboard)
+        letters = model.base.embeddings.symbols.weight[[SYMBOL_ID[key] for key in keyboard.keys]].detach().double()
+        far = np.hypot(*(keyboard.centres[:, None] - keyboard.centres).transpose(2, 0, 1))[np.triu_indices(26, 1)]
+        assert np.corrcoef(far, torch.cdist(letters, letters).numpy()[np.triu_indices(26, 1)])[0, 1] > 0.95

@@ -55,6 +55,11 @@ class RouterReport(Report):
             lines.append(f"It {said} {other.replace('_', ' ')}: {self.headline} {d['value']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}], p = {d['p']:.4f}, n = {d['n']:,}.")
         return Page("\n".join(lines), "".join(f"<p>{line}</p>" for line in lines))
 
+    def results_figure(self, metric: str | None = None, ax=None):
+        ax = super().results_figure(metric, ax)
+        ax.figure.set_figheight(1 + 0.36 * len(self.metrics["systems"]))
+        return ax
+
     def predictions(self) -> dict:
         "Scores, qualities and costs of the test prompts, each (p, m)."
         import pyarrow.parquet as pq
