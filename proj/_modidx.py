@@ -1994,6 +1994,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'proj/tasks/router.py'),
                                    'proj.tasks.router.Wish': ('tasks.router.html#wish', 'proj/tasks/router.py'),
                                    'proj.tasks.router.answers_of': ('tasks.router.html#answers_of', 'proj/tasks/router.py'),
+                                   'proj.tasks.router.baselines_for': ('tasks.router.html#baselines_for', 'proj/tasks/router.py'),
                                    'proj.tasks.router.bradley_terry_scores': ( 'tasks.router.html#bradley_terry_scores',
                                                                                'proj/tasks/router.py'),
                                    'proj.tasks.router.calibrated': ('tasks.router.html#calibrated', 'proj/tasks/router.py'),

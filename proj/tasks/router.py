@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole_text', 'RouterItems', 'costs_of', 'strengths', 'comparisons_in', 'qualities', 'RouterTraining', 'featuriser',
-           'bradley_terry_scores', 'answers_of', 'move', 'rows_for', 'Routed', 'measured_on', 'spread',
+           'bradley_terry_scores', 'answers_of', 'move', 'baselines_for', 'rows_for', 'Routed', 'measured_on', 'spread',
            'write_predictions', 'Wish', 'load_run', 'calibrated', 'route_run', 'rank_run', 'evaluate_run']
 
 # %% ../../nbs/80_tasks.router.ipynb #885cd063
@@ -285,9 +285,14 @@ def baselines(self: RouterTraining) -> Figures:
     with step(self.run, "baselines"):
         plain = None if self.cfg.model in ("tiny", "scratch") else load_encoder(self.cfg.model, max_length=self.cfg.max_length, device=self.device)
         train, test = (rows_for(data, plain, self.precision) for data in (self.parts.train, self.parts.test))
-        self.predictions = {name: scores(test) for name, scores in fit_baselines(train, self.costs["train"], seed=self.cfg.seed).items()}
+        self.predictions = {name: scores(test) for name, scores in baselines_for(train, self.costs["train"], self.cfg.seed).items()}
         self.evaluation = self.measured("test", self.predictions)
     return self.evaluation
+
+
+def baselines_for(train: RouterRows, costs: np.ndarray, seed: int) -> dict:
+    "All baselines; where all models cost the same there is no cheapest."
+    return {name: scores for name, scores in fit_baselines(train, costs, seed=seed).items() if name != "cheapest" or np.ptp(costs.mean(0)) > 0}
 
 
 def rows_for(data, encoder, precision: str) -> RouterRows:
@@ -445,7 +450,7 @@ def evaluate_run(cfg: EvaluateConfig) -> Figures:
     train, test = (rows_for(some, plain, router.precision) for some in (parts.train, data))
     features = None if router.transform is None else FeatureTransform.from_dict(router.transform).transform(prompt_features(data.prompts, data.history))
     predictions = {"trained": router.logits(test.texts, features=features)}
-    predictions |= {name: scores(test) for name, scores in fit_baselines(train, costs_of(parts, parts.train, was.router.costs), seed=was.seed).items()}
+    predictions |= {name: scores(test) for name, scores in baselines_for(train, costs_of(parts, parts.train, was.router.costs), was.seed).items()}
     found = measured_on(predictions, data, costs_of(parts, data, was.router.costs), parts.models, was, "test", cfg.data or was.data)
     found.facts["verdict"] = verdict(found.summary, "trained")
     found.save(out)
