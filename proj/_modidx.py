@@ -2171,4 +2171,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'proj.versus.add_counts': ('versus.html#add_counts', 'proj/versus.py'),
                              'proj.versus.compare': ('versus.html#compare', 'proj/versus.py'),
                              'proj.versus.group_differences': ('versus.html#group_differences', 'proj/versus.py'),
-                             'proj.versus.moved_queries': ('versus.html#moved_queries', 'proj/versus.py')}}}
+                             'proj.versus.moved_queries': ('versus.html#moved_queries', 'proj/versus.py'),
+                             'proj.versus.usual_metrics': ('versus.html#usual_metrics', 'proj/versus.py')}}}

@@ -238,7 +238,7 @@ def inspect_verb(arguments: list[str]):
     parser.add_argument("run", help="a run folder")
     from proj.report import Report
     report = Report(parser.parse_args(arguments).run)
-    pages = [report.what()] + ([report.results(), report.verdict(), report.moved()] if report.metrics["systems"] else []) + [report.versions()]
+    pages = [report.what()] + ([getattr(report, name)() for name in ("results", "verdict", "moved") if name in (page[1] for page in report.pages())] if report.metrics["systems"] else []) + [report.versions()]
     print("\n\n".join(map(str, pages)))
 
 
