@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Precision', 'Device', 'Nested', 'FINETUNING', 'TASK_DEFAULTS', 'TASK_ONLY', 'KINDS', 'Spec', 'OptimizerSpec',
-           'NegativesSpec', 'FinetuningSpec', 'TaskSpec', 'EmbeddingSpec', 'RouterSpec', 'SwipeSpec', 'TrainConfig',
-           'EvaluateConfig', 'CompareConfig', 'MineConfig', 'PipelineConfig', 'PromoteConfig', 'BenchLossesConfig',
-           'parse_yaml', 'unknown', 'explain', 'make', 'from_file', 'from_environment', 'merged', 'from_arguments',
-           'from_notebook', 'parameter_table']
+           'NegativesSpec', 'FinetuningSpec', 'TaskSpec', 'EmbeddingSpec', 'RouterSpec', 'SwipeSpec', 'RecommendSpec',
+           'TrainConfig', 'EvaluateConfig', 'CompareConfig', 'MineConfig', 'PipelineConfig', 'PromoteConfig',
+           'BenchLossesConfig', 'parse_yaml', 'unknown', 'explain', 'make', 'from_file', 'from_environment', 'merged',
+           'from_arguments', 'from_notebook', 'parameter_table']
 
 # %% ../nbs/01_config.ipynb #583dc878
 import json, os
@@ -108,9 +108,10 @@ TASK_DEFAULTS = {  # task -> what is not given and not the same as for task dual
     "dual": dict(loss="mnr"),
     "cross": dict(loss="softmax", negatives=dict(candidates="auto", k=4)),
     "router": dict(loss="margin_ranking", data="retrievers", epochs=3, max_length=128, dropout=0.1, optimizer=dict(lr_multipliers={"head": 20.0, "models": 20.0})),
+    "recommend": dict(loss="plackett_luce", data="zoo", model="mini", epochs=40, lr=1e-3, batch_size=8, dropout=0.1, validation_share=0.15, early_stopping=0),
     "swipe": dict(loss="mnr", data="synthetic", model="tiny", epochs=3, lr=1e-3, max_queries=300, dropout=0.1, negatives=dict(k=7), optimizer=dict(schedule="cosine_with_min_lr", lr_multipliers={"base": 0.5})),
 }
-TASK_ONLY = dict(retriever=("cross",), depth=("cross", "swipe"), alpha=("cross",), swipe=("swipe",), router=("router",), embedding=("router",))  # what other tasks have no use for
+TASK_ONLY = dict(retriever=("cross",), depth=("cross", "swipe"), alpha=("cross",), swipe=("swipe",), router=("router",), embedding=("router",), recommend=("recommend",))  # what other tasks have no use for
 
 
 class TaskSpec(Spec):
@@ -181,12 +182,33 @@ class SwipeSpec(Spec):
     in_batch: bool = Field(False, description="the other words of a batch are wrong words too")
 
 
+
+class RecommendSpec(Spec):
+    "What only a recommender has."
+    ranker: Literal["cross_attention", "custom_similarity", "similarity"] = Field("cross_attention", description="the network")
+    base: Literal["none", "popularity", "descriptions", "kriged"] = Field("popularity", description="what the scores begin with: nothing, mean rank elsewhere, elsewhere weighted by similarity, or interpolated; the ranker learns what to add")
+    profile: bool = Field(True, description="models are known by their scores on the training data sets too")
+    episodes: int = Field(8, ge=1, le=1000, description="of each training data set: which models are hidden, which are measured")
+    new_models: float = Field(0.2, ge=0, lt=1, description="share of the models that is held out; 0 none")
+    groups: bool = Field(False, description="related data sets are held out together")
+    folds: int = Field(0, ge=0, le=1000, description="every data set is predicted by a ranker that was trained on the other folds; 0 none, as many as data sets: leave one out")
+    networks: int = Field(60, ge=6, le=1000, description="data=zoo: how many networks are made")
+    cache: str | None = Field(None, description="data=zoo: a folder for zoos that were made before; the run folder when not given")
+    describe: str = Field("minilm", description="the encoder of descriptions: minilm, static, a folder, or a hub id")
+    code: int = Field(512, ge=2, le=4096, description="numbers of a model's code, where there are weights")
+    activation: Literal["gelu", "relu", "leaky_relu"] = Field("gelu", description="of the autoencoder of the weights")
+    error: Literal["smooth_l1", "mse", "l1"] = Field("smooth_l1", description="of the autoencoder's reconstruction")
+    sparsity: float = Field(1e-3, ge=0, le=10, description="weight of the mean size of a code in the autoencoder's loss")
+    coding: float = Field(30, gt=0, le=10_000, description="epochs of the autoencoder")
+    coding_lr: float = Field(3e-4, gt=0, le=1, description="learning rate of the autoencoder")
+
+
 class TrainConfig(TaskSpec):
     "Train a model, evaluate it beside the baselines that need no training, and write a run folder."
-    task: Literal["dual", "cross", "router", "swipe"] = Field("dual", description="what to train: dual (a dual encoder for retrieval), cross (a cross-encoder that reranks), router (which language model for a prompt), swipe (finger path to word)")
-    loss: str | None = Field(None, description="the loss, by its name; `proj list losses` shows them; softmax for cross, margin_ranking for router, mnr otherwise, when not given")
-    data: str = Field("stdlib", description="stdlib, installed, a file, a folder, or a name under $PROJ_DATA; router: retrievers, swipe: synthetic, when not given")
-    model: str = Field("minilm", description="minilm, tiny, scratch, static, a folder, or a hub id; swipe: mini, tiny (when not given), base, or a folder")
+    task: Literal["dual", "cross", "router", "recommend", "swipe"] = Field("dual", description="what to train: dual (a dual encoder for retrieval), cross (a cross-encoder that reranks), router (which language model for a prompt), recommend (which pretrained model for a data set), swipe (finger path to word)")
+    loss: str | None = Field(None, description="the loss, by its name; `proj list losses` shows them; softmax for cross, margin_ranking for router, plackett_luce for recommend, mnr otherwise, when not given")
+    data: str = Field("stdlib", description="stdlib, installed, a file, a folder, or a name under $PROJ_DATA; router: retrievers, recommend: zoo, swipe: synthetic, when not given")
+    model: str = Field("minilm", description="minilm, tiny, scratch, static, a folder, or a hub id; swipe: mini, tiny (when not given), base, or a folder; recommend: mini (when not given), tiny, base")
     out: str | None = Field(None, description="run folder; runs/<task>-<loss>-<utc time> when not given")
     init_from: str | None = Field(None, description="a run whose model this one begins with, at step 0: a second stage")
     resume: Literal["auto"] | None = Field(None, description="auto: go on with the run in `out` from its newest good checkpoint, or start it")
@@ -219,6 +241,7 @@ class TrainConfig(TaskSpec):
     negatives: Annotated[NegativesSpec, Nested] = Field(default_factory=NegativesSpec, description="hard negatives: candidates, k, margins, refresh_every, ...")
     router: Annotated[RouterSpec, Nested] = Field(default_factory=RouterSpec, description="router: head, features, base, balanced, ties, costs, strong, weak, ...")
     embedding: Annotated[EmbeddingSpec, Nested] = Field(default_factory=EmbeddingSpec, description="router: vectors of the language models: kind, load_from, ...")
+    recommend: Annotated[RecommendSpec, Nested] = Field(default_factory=RecommendSpec, description="recommend: ranker, base, new_models, groups, folds, networks, ...")
     swipe: Annotated[SwipeSpec, Nested] = Field(default_factory=SwipeSpec, description="swipe: keyboard, lexicon, channels, points, synthetic, pretraining, kinds, ...")
     finetuning: Annotated[FinetuningSpec, Nested] = Field(default_factory=FinetuningSpec, description="which weights are trained: method, num_layers, rank, alpha, dropout, ...")
 
