@@ -67,7 +67,7 @@ def context(
 
 # %% ../nbs/82_recommender.ipynb #32e9acb0
 class Together(nn.Module):
-    "exp(scale) * base + gain * the ranker's logits, centred and scaled; gain begins with 0, so before training this is the base."
+    "exp(scale) * base + 10 * gain * the ranker's logits, centred and scaled; gain begins with 0, so before training this is the base."
     def __init__(self, ranker: Ranker, residual: bool = True):
         super().__init__()
         self.ranker, self.residual, self.objective = ranker, residual, None  # of which the objective is a part while it is trained
@@ -80,7 +80,12 @@ class Together(nn.Module):
         logits, n = logits.masked_fill(there == 0, 0), there.sum(1, keepdim=True)
         centred = (logits - logits.sum(1, keepdim=True) / n) * there
         spread = (centred.square().sum(1, keepdim=True) / n + 1e-4).sqrt()
-        return self.scale.exp() * base + self.gain * centred / spread
+        return self.scale.exp() * base + 10 * self.gain * centred / spread  # 10: it has further to go than a weight
+
+    @property
+    def share(self) -> float:
+        "What a deviation of the ranker counts, where one of the base counts 1."
+        return float(10 * self.gain.detach() / self.scale.detach().exp())
 
 # %% ../nbs/82_recommender.ipynb #c13f0d7b
 class Recommender:
