@@ -6,8 +6,8 @@
 __all__ = ['Precision', 'Device', 'Nested', 'FINETUNING', 'TASK_DEFAULTS', 'TASK_ONLY', 'KINDS', 'Spec', 'OptimizerSpec',
            'NegativesSpec', 'FinetuningSpec', 'TaskSpec', 'EmbeddingSpec', 'RouterSpec', 'SwipeSpec', 'RecommendSpec',
            'TrainConfig', 'EvaluateConfig', 'CompareConfig', 'MineConfig', 'PipelineConfig', 'PromoteConfig',
-           'BenchLossesConfig', 'parse_yaml', 'unknown', 'explain', 'make', 'from_file', 'from_environment', 'merged',
-           'from_arguments', 'from_notebook', 'parameter_table']
+           'BenchLossesConfig', 'ProbeConfig', 'parse_yaml', 'unknown', 'explain', 'make', 'from_file',
+           'from_environment', 'merged', 'from_arguments', 'from_notebook', 'parameter_table']
 
 # %% ../nbs/01_config.ipynb #583dc878
 import json, os
@@ -186,7 +186,7 @@ class SwipeSpec(Spec):
 class RecommendSpec(Spec):
     "What only a recommender has."
     ranker: Literal["cross_attention", "custom_similarity", "similarity"] = Field("cross_attention", description="the network")
-    base: Literal["none", "popularity", "descriptions", "kriged"] = Field("popularity", description="what the scores begin with: nothing, mean rank elsewhere, elsewhere weighted by similarity, or interpolated; the ranker learns what to add")
+    base: Literal["auto", "none", "popularity", "descriptions", "kriged"] = Field("auto", description="what the scores begin with: nothing, mean rank elsewhere, elsewhere weighted by similarity, or interpolated; auto: what is best on the training data sets, each left out; the ranker learns what to add")
     profile: bool = Field(True, description="models are known by their scores on the training data sets too")
     episodes: int = Field(8, ge=1, le=1000, description="of each training data set: which models are hidden, which are measured")
     new_models: float = Field(0.2, ge=0, lt=1, description="share of the models that is held out; 0 none")
@@ -338,7 +338,22 @@ class BenchLossesConfig(Spec):
     allow_leak: bool = Field(False, description="train although test texts stand in the training data too")
 
 
-KINDS = (TrainConfig, EvaluateConfig, CompareConfig, MineConfig, PipelineConfig, PromoteConfig, BenchLossesConfig)
+class ProbeConfig(Spec):
+    "Embed a sample of your own pairs with several encoders, predict which will be best after fine-tuning, fine-tune them briefly, and see whether that held."
+    data: str = Field("stdlib", description="as for training; only its training part is looked at")
+    encoders: Annotated[list[str], BeforeValidator(_listed)] = Field(["minilm", "static", "tiny"], min_length=2, description="minilm, static, tiny, scratch, folders, hub ids")
+    pairs: int = Field(600, ge=50, le=100_000, description="how many pairs are sampled, drawn with the seed; cut into training, validation and test")
+    epochs: float = Field(1, gt=0, le=100, description="of fine-tuning each encoder; three for those that begin from scratch")
+    batch_size: int = Field(16, ge=2, le=4096, description="pairs a step")
+    max_length: int = Field(128, ge=8, le=32768, description="tokens kept of a text")
+    lr: float | None = Field(None, gt=0, le=1, description="peak learning rate for all; by kind when not given: 0.01 static, 5e-4 from scratch, otherwise 5e-5")
+    out: str | None = Field(None, description="folder of the sample, the runs and probe.json; runs/probe-<utc time> when not given")
+    precision: Precision = Field("auto", description="auto is bf16 where the hardware has it")
+    device: Device = Field("auto", description="auto is the GPU where there is one")
+    seed: int = Field(0, ge=0, lt=2**32, description="of everything that is drawn")
+
+
+KINDS = (TrainConfig, EvaluateConfig, CompareConfig, MineConfig, PipelineConfig, PromoteConfig, BenchLossesConfig, ProbeConfig)
 
 # %% ../nbs/01_config.ipynb #222417eb
 def parse_yaml(

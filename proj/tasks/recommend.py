@@ -25,7 +25,7 @@ from ..models.recommend import TOKENS, make_ranker
 from ..models.weights import WeightsAutoencoder, WeightsConfig
 from ..phases import ModuleTraining
 from ..recommend_parts import RecommendParts, described, folds, guard_recommend, load_recommend, outline
-from ..recommender import BASES, Embedder, Recommendation, Recommender, Together, context, load_recommender, normal_scores, popular, recommend_with, save_recommender
+from ..recommender import Embedder, Recommendation, Recommender, Together, best_base, context, load_recommender, normal_scores, popular, recommend_with, save_recommender
 from ..recommending import recommender_values, verdict, weighted_tau
 from ..recommending_baselines import TRANSFERABILITY, at_random, from_descriptions, kriged, nearest_described
 from ..report import rows_page
@@ -127,7 +127,9 @@ class RecommendTraining(ModuleTraining):
         cfg, spec, parts = self.cfg, self.cfg.recommend, self.parts
         vectors, columns, outlines = embedder(self.given()), list(range(len(datasets))) if spec.profile else [], parts.outlines
         ranker = make_ranker(spec.ranker, dataset_dim=parts.tokens[datasets[0]].features.shape[2], model_dim=vectors.shape[1] + len(columns) + 4, dropout=cfg.dropout or 0.0, **SIZES[cfg.model])
-        return Recommender(Together(ranker, spec.base != "none"), datasets, parts.models, parts.visible(datasets), np.stack([outlines[name] for name in datasets]), vectors, columns, spec.base, embedder, device=self.device)
+        scores, outlines, base = parts.visible(datasets), np.stack([outlines[name] for name in datasets]), spec.base
+        if base == "auto": base, self.bases = best_base(scores, vectors, outlines, [self.left_with()[name] for name in datasets])
+        return Recommender(Together(ranker, base != "none"), datasets, parts.models, scores, outlines, vectors, columns, base, embedder, device=self.device)
 
     def load(self, folder, precision: str) -> Recommender: return load_recommender(folder, self.device)
 
@@ -230,7 +232,7 @@ def agreement(self: RecommendTraining, r: Recommender, datasets) -> np.ndarray: 
 @patch
 def items(self: RecommendTraining) -> Episodes:
     self.data = self.episodes(self.encoder)
-    self.run.update(base=self.cfg.recommend.base, episodes=self.data.count, model_tokens=self.encoder.model.ranker.config.model_dim, ranker=self.cfg.recommend.ranker)
+    self.run.update(base=self.encoder.base, bases=getattr(self, "bases", {}), episodes=self.data.count, model_tokens=self.encoder.model.ranker.config.model_dim, ranker=self.cfg.recommend.ranker)
     return self.data
 
 
