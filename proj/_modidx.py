@@ -1962,6 +1962,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'proj/tasks/recommend.py'),
                                       'proj.tasks.recommend.RecommendTraining.score_some': ( 'tasks.recommend.html#recommendtraining.score_some',
                                                                                              'proj/tasks/recommend.py'),
+                                      'proj.tasks.recommend.RecommendTraining.shrink': ( 'tasks.recommend.html#recommendtraining.shrink',
+                                                                                         'proj/tasks/recommend.py'),
                                       'proj.tasks.recommend.RecommendTraining.summary_of': ( 'tasks.recommend.html#recommendtraining.summary_of',
                                                                                              'proj/tasks/recommend.py'),
                                       'proj.tasks.recommend.RecommendTraining.test': ( 'tasks.recommend.html#recommendtraining.test',

@@ -128,7 +128,10 @@ class RecommendTraining(ModuleTraining):
         vectors, columns, outlines = embedder(self.given()), list(range(len(datasets))) if spec.profile else [], parts.outlines
         ranker = make_ranker(spec.ranker, dataset_dim=parts.tokens[datasets[0]].features.shape[2], model_dim=vectors.shape[1] + len(columns) + 4, dropout=cfg.dropout or 0.0, **SIZES[cfg.model])
         scores, outlines, base = parts.visible(datasets), np.stack([outlines[name] for name in datasets]), spec.base
-        if base == "auto": base, self.bases = best_base(scores, vectors, outlines, [self.left_with()[name] for name in datasets])
+        if base == "auto":
+            tried = self.__dict__.setdefault("tried", {})
+            if (key := tuple(datasets)) not in tried: tried[key] = best_base(scores, vectors, outlines, [self.left_with()[name] for name in datasets])
+            base, self.bases = tried[key]
         return Recommender(Together(ranker, base != "none"), datasets, parts.models, scores, outlines, vectors, columns, base, embedder, device=self.device)
 
     def load(self, folder, precision: str) -> Recommender: return load_recommender(folder, self.device)
@@ -200,11 +203,26 @@ def fold(self: RecommendTraining, i: int, held_out: list[str], embedder: Embedde
 
 @patch
 def ready(self: RecommendTraining, r: Recommender, validation):
-    "Take note of how far off it is on the validation data sets, and know their scores from now on."
+    "Let the ranker count as much as the validation data sets warrant, take note of how far off it is there, and know their scores from now on."
     r.model.objective = None
     r.model.eval()
+    self.shrunk = self.shrink(r, validation) if r.model.residual else {}
     r.errors = np.vstack([r.errors, self.errors(r, validation)])
     r.remember(list(validation), self.parts.visible(validation), np.stack([self.parts.outlines[n] for n in validation]))
+
+
+@patch
+def shrink(self: RecommendTraining, r: Recommender, validation) -> dict:  # share of what was learnt -> weighted tau
+    "The smallest share of the ranker that is within a standard error of the best."
+    learnt, found = r.model.gain.item(), {}
+    for share in (0, .25, .5, 1):
+        with torch.no_grad(): r.model.gain.fill_(learnt * share)
+        found[share] = self.agreement(r, validation)
+    best = max(found, key=lambda share: found[share].mean())
+    def close(share): return (found[best] - found[share]).mean() <= (np.std(found[best] - found[share], ddof=1) / np.sqrt(len(validation)) if len(validation) > 1 else 0)
+    chosen = next(share for share in found if close(share))
+    with torch.no_grad(): r.model.gain.fill_(learnt * chosen)
+    return dict(chosen=chosen, tau={str(share): round(float(values.mean()), 4) for share, values in found.items()})
 
 
 @patch
@@ -265,6 +283,7 @@ def values(self: RecommendTraining) -> np.ndarray: return self.agreement(self.en
 @patch
 def _save(self: RecommendTraining, made, best: dict):
     self.ready(self.encoder, self.parts.validation)
+    self.run.update(shrunk=self.shrunk)
     self.encoder.errors = np.vstack([self.encoder.errors, *(self.errors(r, names) for r, names in self.folds)])
     self.encoder.save = lambda folder, card: save_recommender(self.encoder, folder, card)
     super(RecommendTraining, self)._save(made, best)
@@ -299,30 +318,31 @@ def transferability(self: RecommendTraining, dataset: str) -> dict:  # name -> (
 
 
 @patch
-def said(self: RecommendTraining, r: Recommender, dataset: str, which: list[str], new: dict, measured: dict, without=()) -> dict:  # system -> (len(which),)
-    "What every system says of some models, with the same knowledge."
+def said(self: RecommendTraining, r: Recommender, dataset: str, which: list[str], new: dict, measured: dict, without=(), few: bool = False) -> dict:  # system -> (len(which),)
+    "What every system, or only the main ones, says of some models, with the same knowledge."
     parts, table = self.parts, r.table(self.parts.outlines[dataset], new, measured, without)
     names, scores, target = table[:3]
-    own, order = parts.visible([dataset], names)[0], parts.rows(names)
-    found = dict(trained=r.predict(parts.tokens[dataset], table), popularity=popular(*table[1:3]) if not new else np.zeros(len(names)), features=popular(*table[1:4]), from_descriptions=from_descriptions(*table[1:]))
-    if not measured: found |= dict(kriged=kriged(*table[1:]), nearest=nearest_described(*table[1:]))
-    if REFERENCE in r.datasets and REFERENCE not in without and not new: found["imagenet"] = np.nan_to_num(scores[r.datasets.index(REFERENCE)], nan=-1.)
-    found |= dict(size=parts.sizes()[order], random=rng(self.cfg.seed, "random", dataset).random(len(names)), **{name: values[order] for name, values in self.transferability(dataset).items()})
-    if not new: found |= dict(oracle_neighbour=from_neighbour(own)(scores, target))
-    if not new: del found["features"]  # nobody is new: the same as popularity
+    order, found = parts.rows(names), dict(trained=r.predict(parts.tokens[dataset], table))
+    found |= dict(popularity=popular(*table[1:3])) if not new else dict(popularity=np.zeros(len(names)), features=popular(*table[1:4]))
+    found |= dict(from_descriptions=from_descriptions(*table[1:]))
+    if not few:
+        if not measured: found |= dict(kriged=kriged(*table[1:]), nearest=nearest_described(*table[1:]))
+        if REFERENCE in r.datasets and REFERENCE not in without and not new: found["imagenet"] = np.nan_to_num(scores[r.datasets.index(REFERENCE)], nan=-1.)
+        found |= dict(size=parts.sizes()[order], random=rng(self.cfg.seed, "random", dataset).random(len(names)), **{name: values[order] for name, values in self.transferability(dataset).items()})
+        if not new: found |= dict(oracle_neighbour=from_neighbour(parts.visible([dataset], names)[0])(scores, target))
     at = [names.index(n) for n in which]
     return {name: np.asarray(values, float)[at] for name, values in found.items()}
 
 
 @patch
-def compared(self: RecommendTraining, cases) -> tuple:  # predictions, truth, data sets
+def compared(self: RecommendTraining, cases, few: bool = False) -> tuple:  # predictions, truth, data sets
     "Systems side by side: `cases` are (recommender, data set, models asked, new, measured, without)."
     every, names = self.parts.scores.models, [case[1] for case in cases]
     at, truth, predictions = {m: i for i, m in enumerate(every)}, np.full((len(names), len(every)), np.nan), {}
     for row, (r, dataset, which, new, measured, without) in enumerate(cases):
         columns = [at[m] for m in which]
         truth[row, columns] = self.parts.visible([dataset], which)[0]
-        for system, values in self.said(r, dataset, which, new, measured, without).items(): predictions.setdefault(system, np.full(truth.shape, np.nan))[row, columns] = values
+        for system, values in self.said(r, dataset, which, new, measured, without, few).items(): predictions.setdefault(system, np.full(truth.shape, np.nan))[row, columns] = values
     return {system: values for system, values in predictions.items() if np.isfinite(values).any(1).all()}, truth, names
 
 
@@ -352,9 +372,9 @@ def new_cases(self: RecommendTraining, r: Recommender, datasets, measured: bool)
 
 
 @patch
-def summary_of(self: RecommendTraining, cases) -> dict:
+def summary_of(self: RecommendTraining, cases, few: bool = False) -> dict:
     "Systems, and the trained one against each other one."
-    predictions, truth, names = self.compared(cases)
+    predictions, truth, names = self.compared(cases, few)
     values = recommender_values(predictions, truth, names)
     return dict(summarise(values, names, [("trained", name) for name in values if name != "trained"], self.cfg.seed), pool=int(np.isfinite(predictions["trained"]).sum(1).max()))
 
@@ -381,13 +401,13 @@ def test(self: RecommendTraining):
     r, parts, figures = self.encoder, self.parts, self.evaluation
     predictions, truth, names = self.compared(self.cases([(r, n) for n in parts.test]))
     figures.values = recommender_values(predictions, truth, names)
-    figures.facts |= dict(verdict=verdict(figures.metrics(), "trained"), coverage=self.coverage(r, predictions["trained"], truth, names), measured={str(k): self.summary_of(self.cases([(r, n) for n in parts.test], k)) for k in MEASURED})
+    figures.facts |= dict(verdict=verdict(figures.metrics(), "trained"), coverage=self.coverage(r, predictions["trained"], truth, names), measured={str(k): self.summary_of(self.cases([(r, n) for n in parts.test], k), True) for k in MEASURED})
     if parts.new_models: figures.facts |= dict(new_models=self.summary_of(self.new_cases(r, parts.train, True)), new_both=self.summary_of(self.new_cases(r, parts.test, False)))
     write_json(self.run / "examples.json", self.examples(predictions["trained"], truth, names))
     if self.folds:
         with step(self.run, "folds"):
             pairs = [(fold, n) for fold, held_out in self.folds for n in held_out]
-            figures.facts |= dict(folds=self.summary_of(self.cases(pairs)), folds_measured={str(k): self.summary_of(self.cases(pairs, k)) for k in MEASURED})
+            figures.facts |= dict(folds=self.summary_of(self.cases(pairs)), folds_measured={str(k): self.summary_of(self.cases(pairs, k), True) for k in MEASURED})
     self.run.update(share=round(r.model.share, 4))
     figures.save(self.run.folder)
 
