@@ -1375,6 +1375,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'proj.probe.figures_of': ('probe.html#figures_of', 'proj/probe.py'),
                             'proj.probe.probe': ('probe.html#probe', 'proj/probe.py'),
                             'proj.probe.reciprocal_ranks': ('probe.html#reciprocal_ranks', 'proj/probe.py'),
+                            'proj.probe.same_order': ('probe.html#same_order', 'proj/probe.py'),
                             'proj.probe.sample': ('probe.html#sample', 'proj/probe.py'),
                             'proj.probe.settings': ('probe.html#settings', 'proj/probe.py')},
             'proj.promote': { 'proj.promote.NotPromoted': ('promote.html#notpromoted', 'proj/promote.py'),

@@ -342,7 +342,7 @@ class ProbeConfig(Spec):
     "Embed a sample of your own pairs with several encoders, predict which will be best after fine-tuning, fine-tune them briefly, and see whether that held."
     data: str = Field("stdlib", description="as for training; only its training part is looked at")
     encoders: Annotated[list[str], BeforeValidator(_listed)] = Field(["minilm", "static", "tiny"], min_length=2, description="minilm, static, tiny, scratch, folders, hub ids")
-    pairs: int = Field(600, ge=50, le=100_000, description="how many pairs are sampled, drawn with the seed; cut into training, validation and test")
+    pairs: int = Field(600, ge=40, le=100_000, description="how many pairs are sampled, drawn with the seed; cut into training, validation and test")
     epochs: float = Field(1, gt=0, le=100, description="of fine-tuning each encoder; three for those that begin from scratch")
     batch_size: int = Field(16, ge=2, le=4096, description="pairs a step")
     max_length: int = Field(128, ge=8, le=32768, description="tokens kept of a text")

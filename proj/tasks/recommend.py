@@ -20,6 +20,7 @@ from ..data.openclip import MetadataEncoder
 from ..data.zoo import DatasetTokens, TrueScores, build_combined_similarity_loader, collate, load_tokens
 from ..evaluate import Figures
 from ..local_zoo import hidden
+from ..losses.contrast import check_legal
 from ..losses.rank import make_rank_loss, rank_loss_named
 from ..models.recommend import TOKENS, make_ranker
 from ..models.weights import WeightsAutoencoder, WeightsConfig
@@ -96,6 +97,7 @@ class RecommendTraining(ModuleTraining):
     def guarded(self) -> dict: return guard_recommend(self.parts, self.cfg.allow_leak)
 
     def check(self):
+        check_legal(self.cfg.task, self.spec.name, set(), self.cfg.temperature)
         self.shape = "all models of a data set with their true scores"
         if self.cfg.init_from: raise ConfigError("init_from does nothing for task recommend: what a ranker is told depends on the data sets; leave it out")
         named("model", self.cfg.model, SIZES)
