@@ -165,7 +165,7 @@ class RouterSpec(Spec):
     strong: str | None = Field(None, description="the dearer of the two models whose trade-off is measured; the dearest when not given")
     weak: str | None = Field(None, description="the cheaper of the two; the cheapest when not given")
 
-
+# %% ../nbs/01_config.ipynb #dbf8145a
 class SwipeSpec(Spec):
     "What only a swipe model has."
     keyboard: str | None = Field(None, description="qwerty, azerty, qwertz, or a .json file of key centres; keyboard.json beside the data, or qwerty, when not given")
@@ -181,8 +181,7 @@ class SwipeSpec(Spec):
     draw: Literal["difficulty", "uniform"] = Field("difficulty", description="how wrong words are drawn from the pool")
     in_batch: bool = Field(False, description="the other words of a batch are wrong words too")
 
-
-
+# %% ../nbs/01_config.ipynb #d8e58244
 class RecommendSpec(Spec):
     "What only a recommender has."
     ranker: Literal["cross_attention", "custom_similarity", "similarity"] = Field("cross_attention", description="the network")
@@ -202,7 +201,7 @@ class RecommendSpec(Spec):
     coding: float = Field(30, gt=0, le=10_000, description="epochs of the autoencoder")
     coding_lr: float = Field(3e-4, gt=0, le=1, description="learning rate of the autoencoder")
 
-
+# %% ../nbs/01_config.ipynb #ac64984a
 class TrainConfig(TaskSpec):
     "Train a model, evaluate it beside the baselines that need no training, and write a run folder."
     task: Literal["dual", "cross", "router", "recommend", "swipe"] = Field("dual", description="what to train: dual (a dual encoder for retrieval), cross (a cross-encoder that reranks), router (which language model for a prompt), recommend (which pretrained model for a data set), swipe (finger path to word)")
@@ -337,7 +336,7 @@ class BenchLossesConfig(Spec):
     seed: int = Field(0, ge=0, lt=2**32, description="of the first run; the others follow")
     allow_leak: bool = Field(False, description="train although test texts stand in the training data too")
 
-
+# %% ../nbs/01_config.ipynb #8b266488
 class ProbeConfig(Spec):
     "Embed a sample of your own pairs with several encoders, predict which will be best after fine-tuning, fine-tune them briefly, and see whether that held."
     data: str = Field("stdlib", description="as for training; only its training part is looked at")

@@ -82,6 +82,11 @@ class RecommendParts:
         at = {m: i for i, m in enumerate(self.scores.models)}
         return [at[m] for m in (self.models if models is None else models)]
 
+    def given(self, models=None):
+        "Weights or metadata of some models, or of those that training sees."
+        rows = self.rows(models)
+        return [self.metadata[i] for i in rows] if self.weights is None else self.weights[rows]
+
     def sizes(self) -> np.ndarray:  # (N,)
         "Parameters of each model."
         if self.zoo: return np.array([sum(t.size for t in self.zoo.states[m].values()) for m in self.scores.models], float)

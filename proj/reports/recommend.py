@@ -9,6 +9,7 @@ __all__ = ['SHOWN', 'PAGES', 'RecommendReport']
 import os
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..compare import figure_text
 from ..core import read_json
@@ -52,54 +53,70 @@ class RecommendReport(Report):
                 for k, figures in found.items() for system in ("trained", "from_descriptions", "popularity")]
         return rows_page(rows, head=("measured", "system", "Spearman", "weighted tau", "regret@1", "regret@5", "data sets"))
 
-    def each(self) -> Page:
-        "Every test data set."
-        import pyarrow.parquet as pq
-        book = {(r["query_id"], r["system"], r["metric"]): r["value"] for r in pq.read_table(self.run / "ledger.parquet").to_pylist()}
-        rows = [(name, *(f"{book[name, system, metric]:.3f}" for metric in ("spearman", "weighted_tau", "regret@1") for system in ("trained", "popularity"))) for name in dict.fromkeys(key[0] for key in book)]
-        return rows_page(rows, head=("data set", "Spearman", "popularity", "weighted tau", "popularity", "regret@1", "popularity"))
-
-    def sure(self) -> Page:
-        "The intervals of ranks, and one recommendation."
-        c = self.metrics["coverage"]
-        return Page(f"{c['inside']:.0%} of {c['ranks']:,} true ranks on test data sets lie in their 95 % interval, which covers {c['width']:.0%} of the models on average; it comes from the errors on "
-                    f"{c['errors_of']} held-out data sets.\n\n{read_json(self.run / 'examples.json')['recommendation']}")
-
-    def heat(self, ax=None):
-        "True and predicted ranks side by side."
-        found = read_json(self.run / "examples.json")
-        truth, predicted = (np.array([[np.nan if v is None else v for v in row] for row in found[name]]) for name in ("truth", "predicted"))
-        return rank_heat_map(truth, predicted, found["datasets"], ax=ax)
-
-    def coding(self, ax=None):
-        "The autoencoder's loss."
-        lines = [line for line in history(self.run) if line.get("phase") == "weights"]
-        steps, losses = zip(*[(line["step"], line["loss"]) for line in lines if "error" in line])
-        return learning_curve(steps, np.array(losses), evaluations=[(line["step"], line["loss"]) for line in lines if "error" not in line and "loss" in line], metric="loss", ax=ax)
-
-    def weights(self, ax=None):
-        "Numbers of a model's weights before and after."
-        found = read_json(self.run / "examples.json")
-        ax = new_axes(ax)
-        for colour, (name, (given, back)) in zip(("#0072B2", "#D55E00"), found["weights"].items()): ax.plot(given, back, ".", ms=4, alpha=.6, color=colour, label=f"{name}: {found['explained'][name]:.0%} explained")
-        ax.plot([-3, 3], [-3, 3], color="#999999", lw=.8)
-        ax.set(xlabel="standardised weight", ylabel="reconstructed", xlim=(-3, 3), ylim=(-3, 3))
-        ax.legend(loc="lower center", bbox_to_anchor=(.5, 1), ncols=2, frameon=False, fontsize=8)
-        return ax
-
-    def commands(self) -> Page:
-        folder, name = os.path.relpath(self.run.folder), self.facts_["data"]["test"]["names"][0]
-        return Page(f'proj recommend {folder} "{name}"\nproj recommend {folder} FOLDER_OF_SHARDS --top_k 10\nproj evaluate {folder}\nproj inspect {folder}\n\n'
-                    f'from proj.tasks.recommend import recommend\nrecommend("{folder}", "{name}", measured={{"A_MODEL": 0.71}})\nrecommend("{folder}", tokens, models={{"mine": "model.safetensors"}})')
-
-    def moved(self) -> Page: return self.each()
-
-    def pages(self):
-        lacking = {name for name in ("new_models", "new_both", "folds_measured") if name not in self.metrics} | ({"all_folds"} if "folds" not in self.metrics else set())
-        if "weights" not in self.facts_.get("phases", {}): lacking |= {"coding", "weights"}
-        return [cell for cell in PAGES if cell[1] not in lacking]
+# %% ../../nbs/84_reports.recommend.ipynb #b45addf4
+@patch
+def each(self: RecommendReport) -> Page:
+    "Every test data set."
+    import pyarrow.parquet as pq
+    book = {(r["query_id"], r["system"], r["metric"]): r["value"] for r in pq.read_table(self.run / "ledger.parquet").to_pylist()}
+    rows = [(name, *(f"{book[name, system, metric]:.3f}" for metric in ("spearman", "weighted_tau", "regret@1") for system in ("trained", "popularity"))) for name in dict.fromkeys(key[0] for key in book)]
+    return rows_page(rows, head=("data set", "Spearman", "popularity", "weighted tau", "popularity", "regret@1", "popularity"))
 
 
+@patch
+def sure(self: RecommendReport) -> Page:
+    "The intervals of ranks, and one recommendation."
+    c = self.metrics["coverage"]
+    return Page(f"{c['inside']:.0%} of {c['ranks']:,} true ranks on test data sets lie in their 95 % interval, which covers {c['width']:.0%} of the models on average; it comes from the errors on "
+                f"{c['errors_of']} held-out data sets.\n\n{read_json(self.run / 'examples.json')['recommendation']}")
+
+
+@patch
+def heat(self: RecommendReport, ax=None):
+    "True and predicted ranks side by side."
+    found = read_json(self.run / "examples.json")
+    truth, predicted = (np.array([[np.nan if v is None else v for v in row] for row in found[name]]) for name in ("truth", "predicted"))
+    return rank_heat_map(truth, predicted, found["datasets"], ax=ax)
+
+# %% ../../nbs/84_reports.recommend.ipynb #244737ce
+@patch
+def coding(self: RecommendReport, ax=None):
+    "The autoencoder's loss."
+    lines = [line for line in history(self.run) if line.get("phase") == "weights"]
+    steps, losses = zip(*[(line["step"], line["loss"]) for line in lines if "error" in line])
+    return learning_curve(steps, np.array(losses), evaluations=[(line["step"], line["loss"]) for line in lines if "error" not in line and "loss" in line], metric="loss", ax=ax)
+
+
+@patch
+def weights(self: RecommendReport, ax=None):
+    "Numbers of a model's weights before and after."
+    found = read_json(self.run / "examples.json")
+    ax = new_axes(ax)
+    for colour, (name, (given, back)) in zip(("#0072B2", "#D55E00"), found["weights"].items()): ax.plot(given, back, ".", ms=4, alpha=.6, color=colour, label=f"{name}: {found['explained'][name]:.0%} explained")
+    ax.plot([-3, 3], [-3, 3], color="#999999", lw=.8)
+    ax.set(xlabel="standardised weight", ylabel="reconstructed", xlim=(-3, 3), ylim=(-3, 3))
+    ax.legend(loc="lower center", bbox_to_anchor=(.5, 1), ncols=2, frameon=False, fontsize=8)
+    return ax
+
+
+@patch
+def commands(self: RecommendReport) -> Page:
+    folder, name = os.path.relpath(self.run.folder), self.facts_["data"]["test"]["names"][0]
+    return Page(f'proj recommend {folder} "{name}"\nproj recommend {folder} FOLDER_OF_SHARDS --top_k 10\nproj evaluate {folder}\nproj inspect {folder}\n\n'
+                f'from proj.tasks.recommend import recommend\nrecommend("{folder}", "{name}", measured={{"A_MODEL": 0.71}})\nrecommend("{folder}", tokens, models={{"mine": "model.safetensors"}})')
+
+
+@patch
+def moved(self: RecommendReport) -> Page: return self.each()
+
+
+@patch
+def pages(self: RecommendReport):
+    lacking = {name for name in ("new_models", "new_both", "folds_measured") if name not in self.metrics} | ({"all_folds"} if "folds" not in self.metrics else set())
+    if "weights" not in self.facts_.get("phases", {}): lacking |= {"coding", "weights"}
+    return [cell for cell in PAGES if cell[1] not in lacking]
+
+# %% ../../nbs/84_reports.recommend.ipynb #423242a6
 PAGES = [  # heading, method, what to see
     ("Results", "results", "New data sets: every system ranked the same models. Intervals are 95 %, over data sets; differences are paired. The oracle neighbour takes the one visible data set whose order is closest to the true one. Regret: lower is better."),
     ("", "verdict", ""), ("", "results_figure", ""),
