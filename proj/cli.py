@@ -32,8 +32,7 @@ STORY = """proj ranks candidates for a query: train a model, measure it, use it.
   proj bench-losses --data D              every loss that the data can feed, on one budget, compared in pairs
   proj logs LOG.jsonl --out MINED         training data from clicks and feedback
   proj promote RUN --over CURRENT         make it the current release if it is shown to be better
-  proj recommend RUN "satellite photos"   which pretrained model to try on a data set (proj train --task recommend)
-  proj recommend DATA --probe             which encoder for your pairs: predicted, then fine-tuned and checked
+  proj recommend RUN "satellite photos"   which pretrained model for a data set; proj recommend DATA --probe: which encoder for your pairs
   proj list losses                        also: runs, data, models, metrics, parameters
   proj run train -p loss infonce          the notebook through papermill: the run is its own report
 

@@ -71,18 +71,6 @@ class RecommendTraining(ModuleTraining):
             self.autoencoder = WeightsAutoencoder(config).fit_standardisation(self.given()).to(self.device)
         return self.fresh_recommender(self.parts.train, self.embedder(getattr(self, "autoencoder", None)))
 
-    def fresh_recommender(self, datasets, embedder: Embedder) -> Recommender:
-        "With an untrained ranker, for these training data sets."
-        cfg, spec, parts = self.cfg, self.cfg.recommend, self.parts
-        vectors, columns, outlines = embedder(self.given()), list(range(len(datasets))) if spec.profile else [], parts.outlines
-        ranker = make_ranker(spec.ranker, dataset_dim=parts.tokens[datasets[0]].features.shape[2], model_dim=vectors.shape[1] + len(columns) + 4, dropout=cfg.dropout or 0.0, **SIZES[cfg.model])
-        scores, outlines, base = parts.visible(datasets), np.stack([outlines[name] for name in datasets]), spec.base
-        if base == "auto":
-            tried = self.__dict__.setdefault("tried", {})
-            if (key := tuple(datasets)) not in tried: tried[key] = best_base(scores, vectors, outlines, [self.left_with()[name] for name in datasets])
-            base, self.bases = tried[key]
-        return Recommender(Together(ranker, base != "none"), datasets, parts.models, scores, outlines, vectors, columns, base, embedder, device=self.device)
-
     def load(self, folder, precision: str) -> Recommender: return load_recommender(folder, self.device)
 
     def wrapped(self, model) -> Recommender:
@@ -91,6 +79,20 @@ class RecommendTraining(ModuleTraining):
 
     def score_some(self, recommender: Recommender) -> np.ndarray:
         return np.stack([recommender.predict(self.parts.tokens[n], recommender.table(self.parts.outlines[n]), 2) for n in self.parts.validation[:3]])
+
+# %% ../../nbs/83_tasks.recommend.ipynb #805bbcf2
+@patch
+def fresh_recommender(self: RecommendTraining, datasets, embedder: Embedder) -> Recommender:
+    "With an untrained ranker, for these training data sets."
+    cfg, spec, parts = self.cfg, self.cfg.recommend, self.parts
+    vectors, columns, outlines = embedder(self.given()), list(range(len(datasets))) if spec.profile else [], parts.outlines
+    ranker = make_ranker(spec.ranker, dataset_dim=parts.tokens[datasets[0]].features.shape[2], model_dim=vectors.shape[1] + len(columns) + 4, dropout=cfg.dropout or 0.0, **SIZES[cfg.model])
+    scores, outlines, base = parts.visible(datasets), np.stack([outlines[name] for name in datasets]), spec.base
+    if base == "auto":
+        tried = self.__dict__.setdefault("tried", {})
+        if (key := tuple(datasets)) not in tried: tried[key] = best_base(scores, vectors, outlines, [self.left_with()[name] for name in datasets])
+        base, self.bases = tried[key]
+    return Recommender(Together(ranker, base != "none"), datasets, parts.models, scores, outlines, vectors, columns, base, embedder, device=self.device)
 
 # %% ../../nbs/83_tasks.recommend.ipynb #c6f1f45a
 class Codes:
