@@ -330,7 +330,7 @@ def target_of(run: Run, cfg: TrainConfig, dataset, width: int) -> tuple:  # name
     if not str(dataset).strip(): raise DataError("the description is blank; say in a few words what the data is")
     return f"'{dataset}'", described([str(dataset)], cfg.recommend.describe)[0], None
 
-
+# %% ../../nbs/83_tasks.recommend.ipynb #23f0e0c4
 def recommend(
     run,                          # a run folder
     dataset,                      # a name of the run's data, a folder of shards, a description; or tokens: (S, K, D), DatasetTokens
@@ -348,7 +348,7 @@ def recommend(
     note = f"The ranker was trained on {name}: what it says here it may have learnt by heart. Its scores are left out all the same." if seen else ""
     return recommend_with(recommender, tokens, outline(tokens), name, models, measured, top_k, [name] if parts is not None else (), note)
 
-
+# %% ../../nbs/83_tasks.recommend.ipynb #a440f101
 def rank_run(folder, query: str, data: str | None = None, top_k: int = 5, device: str = "auto") -> Recommendation:
     "The best models for a data set."
     if data: raise ConfigError("parameter 'data' does nothing for a recommender, whose models are those of its run; leave it out")
