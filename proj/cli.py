@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STORY', 'LISTS', 'CONFIGS', 'VERBS', 'train_verb', 'evaluate_verb', 'rank_verb', 'route_verb', 'pipeline_verb',
-           'bench_losses_verb', 'logs_verb', 'promote_verb', 'compare_verb', 'replay_verb', 'diff_verb', 'verify_verb',
-           'mine_verb', 'index_verb', 'search_verb', 'inspect_verb', 'list_verb', 'notebook_path', 'check_parameters',
-           'run_verb', 'execute', 'main']
+           'bench_losses_verb', 'logs_verb', 'recommend_verb', 'promote_verb', 'compare_verb', 'replay_verb',
+           'diff_verb', 'verify_verb', 'mine_verb', 'index_verb', 'search_verb', 'inspect_verb', 'list_verb',
+           'notebook_path', 'check_parameters', 'run_verb', 'execute', 'main']
 
 # %% ../nbs/90_cli.ipynb #757c78bd
 import argparse, logging, os, sys
@@ -34,6 +34,7 @@ STORY = """proj ranks candidates for a query: train a model, measure it, use it.
   proj bench-losses --data D              every loss that the data can feed, on one budget, compared in pairs
   proj logs LOG.jsonl --out MINED         training data from clicks and feedback
   proj promote RUN --over CURRENT         make it the current release if it is shown to be better
+  proj recommend RUN "satellite photos"   which pretrained model for a data set; proj recommend DATA --probe: which encoder for your pairs
   proj list losses                        also: runs, data, models, metrics, parameters
   proj run train -p loss infonce          the notebook through papermill: the run is its own report
 
@@ -128,6 +129,30 @@ def logs_verb(arguments: list[str]):
     rows = Path(given.out) / "train.jsonl"
     print(report)
     print(f"\nTrain on it:      proj train --task cross --data {rows}" if report.figures["kept"] else "\nNo row to train on yet: no query has a marked document with a text")
+
+# %% ../nbs/90_cli.ipynb #cb42f248
+def recommend_verb(arguments: list[str]):
+    if "--probe" in arguments:
+        from proj.config import ProbeConfig, from_arguments
+        cfg = from_arguments(ProbeConfig, [a for a in arguments if a != "--probe"], "proj recommend DATA --probe", positional="data")
+        from proj.probe import probe
+        print(probe(cfg))
+        return
+    parser = _parser("recommend", "Which models to try on a data set. With --probe instead: which encoder for your own pairs; proj recommend --probe --help tells more.")
+    parser.add_argument("run", help="a run of task recommend")
+    parser.add_argument("dataset", help="a name of the run's data, a folder of shards, or a description")
+    parser.add_argument("--top_k", "-k", type=int, default=5, help="how many (default: 5)")
+    parser.add_argument("--measured", action="append", default=[], metavar="MODEL=SCORE", help="a score on the data set that is known; may be repeated")
+    given = parser.parse_args(arguments)
+    if given.top_k < 1: raise ConfigError(f"parameter 'top_k' should be at least 1, got {given.top_k}")
+    from proj.tasks.recommend import recommend
+    print(recommend(given.run, given.dataset, top_k=given.top_k, measured=dict(map(_measured, given.measured))))
+
+
+def _measured(text: str) -> tuple[str, float]:
+    name, sep, score = text.rpartition("=")
+    try: return name, float(score if sep else "nothing")
+    except ValueError: raise ConfigError(f"--measured {text}: expected MODEL=SCORE, such as --measured my-model=0.71") from None
 
 # %% ../nbs/90_cli.ipynb #bb46f064
 def promote_verb(arguments: list[str]):
@@ -360,7 +385,7 @@ def execute(notebook: Path, output: str, values: dict):
 # %% ../nbs/90_cli.ipynb #130d6961
 VERBS = dict(train=train_verb, evaluate=evaluate_verb, rank=rank_verb, compare=compare_verb, replay=replay_verb, diff=diff_verb, verify=verify_verb,
              route=route_verb, pipeline=pipeline_verb, promote=promote_verb, **{"bench-losses": bench_losses_verb}, logs=logs_verb, mine=mine_verb, index=index_verb, search=search_verb,
-             inspect=inspect_verb, list=list_verb, run=run_verb)
+             inspect=inspect_verb, list=list_verb, run=run_verb, recommend=recommend_verb)
 
 
 def main(arguments: list[str] | None = None) -> int:  # the exit code

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Precision', 'Device', 'Nested', 'Whole', 'FINETUNING', 'TASK_DEFAULTS', 'TASK_ONLY', 'KINDS', 'Spec', 'OptimizerSpec',
-           'NegativesSpec', 'FinetuningSpec', 'TaskSpec', 'EmbeddingSpec', 'RouterSpec', 'SwipeSpec', 'TrainConfig',
-           'EvaluateConfig', 'CompareConfig', 'MineConfig', 'PipelineConfig', 'PromoteConfig', 'BenchLossesConfig',
-           'parse_yaml', 'unknown', 'explain', 'make', 'from_file', 'from_environment', 'merged', 'from_arguments',
-           'from_notebook', 'parameter_table']
+           'NegativesSpec', 'FinetuningSpec', 'TaskSpec', 'EmbeddingSpec', 'RouterSpec', 'SwipeSpec', 'RecommendSpec',
+           'TrainConfig', 'EvaluateConfig', 'CompareConfig', 'MineConfig', 'PipelineConfig', 'PromoteConfig',
+           'BenchLossesConfig', 'ProbeConfig', 'parse_yaml', 'unknown', 'explain', 'make', 'from_file',
+           'from_environment', 'merged', 'from_arguments', 'from_notebook', 'parameter_table']
 
 # %% ../nbs/01_config.ipynb #583dc878
 import json, os
@@ -111,9 +111,10 @@ TASK_DEFAULTS = {  # task -> what is not given and not the same as for task dual
     "dual": dict(loss="mnr"),
     "cross": dict(loss="softmax", negatives=dict(candidates="auto", k=4)),
     "router": dict(loss="margin_ranking", data="retrievers", epochs=3, max_length=128, dropout=0.1, optimizer=dict(lr_multipliers={"head": 20.0, "models": 20.0})),
+    "recommend": dict(loss="plackett_luce", data="zoo", model="mini", epochs=40, lr=1e-3, batch_size=8, dropout=0.1, validation_share=0.15, early_stopping=0),
     "swipe": dict(loss="mnr", data="synthetic", model="mini", epochs=2, lr=1e-3, max_queries=300, negatives=dict(k=7), optimizer=dict(schedule="cosine_with_min_lr", lr_multipliers={"head": 1.0, "base": 1.0})),
 }
-TASK_ONLY = dict(retriever=("cross",), depth=("cross", "swipe"), alpha=("cross",), swipe=("swipe",), router=("router",), embedding=("router",))  # what other tasks have no use for
+TASK_ONLY = dict(retriever=("cross",), depth=("cross", "swipe"), alpha=("cross",), swipe=("swipe",), router=("router",), embedding=("router",), recommend=("recommend",))  # what other tasks have no use for
 
 
 class TaskSpec(Spec):
@@ -167,7 +168,7 @@ class RouterSpec(Spec):
     strong: str | None = Field(None, description="the dearer of the two models whose trade-off is measured; the dearest when not given")
     weak: str | None = Field(None, description="the cheaper of the two; the cheapest when not given")
 
-
+# %% ../nbs/01_config.ipynb #dbf8145a
 class SwipeSpec(Spec):
     "What only a swipe model has."
     keyboard: str | None = Field(None, description="qwerty, azerty, qwertz, or a .json file of key centres; keyboard.json beside the data, or qwerty, when not given")
@@ -183,13 +184,33 @@ class SwipeSpec(Spec):
     draw: Literal["difficulty", "uniform"] = Field("difficulty", description="how wrong words are drawn from the pool")
     in_batch: bool = Field(False, description="the other words of a batch are wrong words too")
 
+# %% ../nbs/01_config.ipynb #d8e58244
+class RecommendSpec(Spec):
+    "What only a recommender has."
+    ranker: Literal["cross_attention", "custom_similarity", "similarity"] = Field("cross_attention", description="the network")
+    base: Literal["auto", "none", "popularity", "descriptions", "kriged"] = Field("popularity", description="what the scores begin with: nothing, mean rank elsewhere, elsewhere weighted by similarity, or interpolated (slow); auto: popularity or descriptions, whichever is better on training data sets that are left out; the ranker learns what to add")
+    profile: bool = Field(True, description="models are known by their scores on the training data sets too")
+    episodes: int = Field(8, ge=1, le=1000, description="of each training data set: which models are hidden, which are measured")
+    new_models: float = Field(0.2, ge=0, lt=1, description="share of the models that is held out; 0 none")
+    groups: bool = Field(False, description="related data sets are held out together")
+    folds: int = Field(0, ge=0, le=1000, description="every data set is predicted by a ranker that was trained on the other folds; 0 none, as many as data sets: leave one out")
+    networks: int = Field(60, ge=6, le=1000, description="data=zoo: how many networks are made")
+    cache: str | None = Field(None, description="data=zoo: a folder for zoos that were made before; the run folder when not given")
+    describe: str = Field("minilm", description="the encoder of descriptions: minilm, static, a folder, or a hub id")
+    code: int = Field(512, ge=2, le=4096, description="numbers of a model's code, where there are weights")
+    activation: Literal["gelu", "relu", "leaky_relu"] = Field("gelu", description="of the autoencoder of the weights")
+    error: Literal["smooth_l1", "mse", "l1"] = Field("smooth_l1", description="of the autoencoder's reconstruction")
+    sparsity: float = Field(1e-3, ge=0, le=10, description="weight of the mean size of a code in the autoencoder's loss")
+    coding: float = Field(30, gt=0, le=10_000, description="epochs of the autoencoder")
+    coding_lr: float = Field(3e-4, gt=0, le=1, description="learning rate of the autoencoder")
 
+# %% ../nbs/01_config.ipynb #ac64984a
 class TrainConfig(TaskSpec):
     "Train a model, evaluate it beside the baselines that need no training, and write a run folder."
-    task: Literal["dual", "cross", "router", "swipe"] = Field("dual", description="what to train: dual (a dual encoder for retrieval), cross (a cross-encoder that reranks), router (which language model for a prompt), swipe (finger path to word)")
-    loss: str | None = Field(None, description="the loss, by its name; `proj list losses` shows them; softmax for cross, margin_ranking for router, mnr otherwise, when not given")
-    data: str = Field("stdlib", description="stdlib, installed, a file, a folder, or a name under $PROJ_DATA; router: retrievers, swipe: synthetic, when not given")
-    model: str = Field("minilm", description="minilm, tiny, scratch, static, a folder, or a hub id; swipe: mini (when not given), tiny, base, or a folder")
+    task: Literal["dual", "cross", "router", "recommend", "swipe"] = Field("dual", description="what to train: dual (a dual encoder for retrieval), cross (a cross-encoder that reranks), router (which language model for a prompt), recommend (which pretrained model for a data set), swipe (finger path to word)")
+    loss: str | None = Field(None, description="the loss, by its name; `proj list losses` shows them; softmax for cross, margin_ranking for router, plackett_luce for recommend, mnr otherwise, when not given")
+    data: str = Field("stdlib", description="stdlib, installed, a file, a folder, or a name under $PROJ_DATA; router: retrievers, recommend: zoo, swipe: synthetic, when not given")
+    model: str = Field("minilm", description="minilm, tiny, scratch, static, a folder, or a hub id; swipe: mini (when not given), tiny, base, or a folder; recommend: mini (when not given), tiny, base")
     out: str | None = Field(None, description="run folder; runs/<task>-<loss>-<utc time> when not given")
     init_from: str | None = Field(None, description="a run whose model this one begins with, at step 0: a second stage")
     resume: Literal["auto"] | None = Field(None, description="auto: go on with the run in `out` from its newest good checkpoint, or start it")
@@ -222,6 +243,7 @@ class TrainConfig(TaskSpec):
     negatives: Annotated[NegativesSpec, Nested] = Field(default_factory=NegativesSpec, description="hard negatives: candidates, k, margins, refresh_every, ...")
     router: Annotated[RouterSpec, Nested] = Field(default_factory=RouterSpec, description="router: head, features, base, balanced, ties, costs, strong, weak, ...")
     embedding: Annotated[EmbeddingSpec, Nested] = Field(default_factory=EmbeddingSpec, description="router: vectors of the language models: kind, load_from, ...")
+    recommend: Annotated[RecommendSpec, Nested] = Field(default_factory=RecommendSpec, description="recommend: ranker, base, new_models, groups, folds, networks, ...")
     swipe: Annotated[SwipeSpec, Nested] = Field(default_factory=SwipeSpec, description="swipe: keyboard, lexicon, channels, points, synthetic, pretraining, kinds, ...")
     finetuning: Annotated[FinetuningSpec, Nested] = Field(default_factory=FinetuningSpec, description="which weights are trained: method, num_layers, rank, alpha, dropout, ...")
 
@@ -317,8 +339,23 @@ class BenchLossesConfig(Spec):
     seed: int = Field(0, ge=0, lt=2**32, description="of the first run; the others follow")
     allow_leak: bool = Field(False, description="train although test texts stand in the training data too")
 
+# %% ../nbs/01_config.ipynb #8b266488
+class ProbeConfig(Spec):
+    "Embed a sample of your own pairs with several encoders, predict which will be best after fine-tuning, fine-tune them briefly, and see whether that held."
+    data: str = Field("stdlib", description="as for training; only its training part is looked at")
+    encoders: Annotated[list[str], BeforeValidator(_listed)] = Field(["minilm", "static", "tiny"], min_length=2, description="minilm, static, tiny, scratch, folders, hub ids")
+    pairs: int = Field(600, ge=40, le=100_000, description="how many pairs are sampled, drawn with the seed; cut into training, validation and test")
+    epochs: float = Field(1, gt=0, le=100, description="of fine-tuning each encoder; three for those that begin from scratch")
+    batch_size: int = Field(16, ge=2, le=4096, description="pairs a step")
+    max_length: int = Field(128, ge=8, le=32768, description="tokens kept of a text")
+    lr: float | None = Field(None, gt=0, le=1, description="peak learning rate for all; by kind when not given: 0.01 static, 5e-4 from scratch, otherwise 5e-5")
+    out: str | None = Field(None, description="folder of the sample, the runs and probe.json; runs/probe-<utc time> when not given")
+    precision: Precision = Field("auto", description="auto is bf16 where the hardware has it")
+    device: Device = Field("auto", description="auto is the GPU where there is one")
+    seed: int = Field(0, ge=0, lt=2**32, description="of everything that is drawn")
 
-KINDS = (TrainConfig, EvaluateConfig, CompareConfig, MineConfig, PipelineConfig, PromoteConfig, BenchLossesConfig)
+
+KINDS = (TrainConfig, EvaluateConfig, CompareConfig, MineConfig, PipelineConfig, PromoteConfig, BenchLossesConfig, ProbeConfig)
 
 # %% ../nbs/01_config.ipynb #222417eb
 def parse_yaml(

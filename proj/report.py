@@ -49,7 +49,7 @@ def leaks_line(
     return f"ALLOWED: {counts}; {found['leaking_queries']['test']:,} test queries affected, see leaks.jsonl"
 
 # %% ../nbs/54_report.ipynb #a7317174
-REPORTS = dict(swipe="proj.reports.swipe.SwipeReport", router="proj.reports.router.RouterReport")  # task -> its own report, where it has one
+REPORTS = dict(swipe="proj.reports.swipe.SwipeReport", router="proj.reports.router.RouterReport", recommend="proj.reports.recommend.RecommendReport")  # task -> its own report, where it has one
 
 
 class Report:

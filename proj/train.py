@@ -33,7 +33,8 @@ from .start import begin, load_parts, same_parameters, same_start
 from .trainer import check_report_to, history_callback, text_trainer, trainer_arguments, validation
 
 # %% ../nbs/61_train.ipynb #d1901edf
-TASKS = dict(dual="proj.tasks.dual.DualTraining", cross="proj.tasks.cross.CrossTraining", swipe="proj.tasks.swipe.SwipeTraining", router="proj.tasks.router.RouterTraining")
+TASKS = dict(dual="proj.tasks.dual.DualTraining", cross="proj.tasks.cross.CrossTraining", swipe="proj.tasks.swipe.SwipeTraining", router="proj.tasks.router.RouterTraining",
+             recommend="proj.tasks.recommend.RecommendTraining")
 
 
 def training(cfg: TrainConfig, command: str = "proj.fit", **kw) -> "Training":

@@ -23,7 +23,7 @@ from .run import Run, utc_name
 from .start import load_parts, origin, some_queries
 
 # %% ../nbs/62_use.ipynb #2b872d83
-OTHERS = dict(swipe="proj.tasks.swipe", router="proj.tasks.router")  # task -> the module with its load_run, evaluate_run and rank_run
+OTHERS = dict(swipe="proj.tasks.swipe", router="proj.tasks.router", recommend="proj.tasks.recommend")  # task -> the module with its load_run, evaluate_run and rank_run
 
 
 def of_task(run):

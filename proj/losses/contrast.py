@@ -130,8 +130,16 @@ _router = [
     LossSpec("listnet", _scores + "ListNet", ("groups",), "softmax when the unit of the scores is arbitrary", temperature=1.0),
 ]
 
+_recommend = [
+    LossSpec("plackett_luce", _scores + "PlackettLuce", ("groups",), "mnr when only the best counts", batch_size=8, temperature=1.0, aliases=("listmle",)),
+    LossSpec("listnet", _scores + "ListNet", ("groups",), "plackett_luce when differences in score are noise", batch_size=8, temperature=1.0),
+    LossSpec("softmax", _scores + "Softmax", ("groups",), "listnet when scores are standardised", batch_size=8, temperature=1.0),
+    LossSpec("mnr", _scores + "MultipleNegatives", ("groups",), "plackett_luce when the order below the best counts", batch_size=8, temperature=1.0),
+    LossSpec("margin_ranking", _scores + "MarginRanking", ("groups",), "plackett_luce, in which the top counts more", batch_size=8, aliases=("margin",)),
+]
+
 LOSSES = {"dual": {spec.name: spec for spec in [*_in_batch, *_explicit, *_distillation]}, "cross": {spec.name: spec for spec in _cross},
-          "router": {spec.name: spec for spec in _router}, "swipe": {spec.name: spec for spec in _swipe}}  # task -> name -> spec
+          "router": {spec.name: spec for spec in _router}, "recommend": {spec.name: spec for spec in _recommend}, "swipe": {spec.name: spec for spec in _swipe}}  # task -> name -> spec
 
 # %% ../../nbs/20_losses.contrast.ipynb #ffa311ec
 _classes = "eats single texts with class labels, which a query and document data set does not have"
