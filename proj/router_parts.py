@@ -65,7 +65,7 @@ def read_routing(path, spec: RouterSpec, **kw) -> Comparisons | Outcomes:
     if has_scores(Path(path)): return read_outcomes(path, **kw)
     return read_comparisons(path, spec.ties, spec.both_bad, spec.min_model_comparisons, **kw)
 
-
+# %% ../nbs/79_router_parts.ipynb #9f3d1622
 def load_routing(cfg: TrainConfig, rejects=None) -> RouterParts:
     "The data of a run, cut by groups of prompts."
     seed, spec, about = cfg.seed if cfg.data_seed is None else cfg.data_seed, cfg.router, {}
@@ -86,7 +86,7 @@ def load_routing(cfg: TrainConfig, rejects=None) -> RouterParts:
     for name in ("validation", "test"): parts[name] = known_models(some_prompts(parts[name], cfg.max_queries, seed), parts["train"].models, name)
     return RouterParts(cfg.data, str(where), parts["train"], parts["validation"], parts["test"], about)
 
-
+# %% ../nbs/79_router_parts.ipynb #ec51fee5
 def retriever_table(most: int | None = None) -> tuple[Outcomes, dict]:
     "What three retrievers make of the queries of the standard library, and what is known of them beside; `most` training queries need no more than twice as many in all."
     from proj.retrievers import retriever_outcomes
@@ -107,7 +107,7 @@ def same_models(data, spec: RouterSpec):
     if isinstance(data, Outcomes): return data
     return filter_comparisons(data, spec.ties, spec.both_bad, spec.min_model_comparisons, "the training part") if spec.min_model_comparisons else data
 
-
+# %% ../nbs/79_router_parts.ipynb #a8b7db0a
 def known_models(data, models: list[str], part: str):
     "The part with the models that training knows, in their order; what compares others is left out and counted."
     at = {name: column for column, name in enumerate(data.models)}

@@ -78,15 +78,7 @@ class Training:
         "The data, cut."
         return load_parts(self.cfg, self.run / "rejects.jsonl")
 
-    def guarded(self) -> dict:
-        "What the leak guard finds; a GateError where it is not allowed."
-        return guard(dict(self.parts.parts()), self.cfg.allow_leak, self.run.folder)
 
-    def preview(self):
-        "A few training examples."
-        train = self.parts.train
-        some = list(zip(train.query_rows, train.document_rows))[::max(1, len(train.query_rows) // 5)][:5]
-        return rows_page([(head(train.query_texts[q], 70), head(train.document_texts[d], 70)) for q, d in some], head=("query", "positive"))
 
     def check(self):
         "Whether loss and data fit; sets `shape`."
@@ -110,6 +102,20 @@ class Training:
         "Sums are taken in another order with another number of threads."
         import torch
         if threads := self.run.facts.get("threads"): torch.set_num_threads(threads)
+
+# %% ../nbs/61_train.ipynb #1dbd6138
+@patch
+def guarded(self: Training) -> dict:
+    "What the leak guard finds; a GateError where it is not allowed."
+    return guard(dict(self.parts.parts()), self.cfg.allow_leak, self.run.folder)
+
+
+@patch
+def preview(self: Training):
+    "A few training examples."
+    train = self.parts.train
+    some = list(zip(train.query_rows, train.document_rows))[::max(1, len(train.query_rows) // 5)][:5]
+    return rows_page([(head(train.query_texts[q], 70), head(train.document_texts[d], 70)) for q, d in some], head=("query", "positive"))
 
 # %% ../nbs/61_train.ipynb #8c8f6c40
 @patch

@@ -159,7 +159,7 @@ def rows_of(batch) -> int:
     if "batch_size" in values: return int(values["batch_size"])
     return next(len(value) if torch.is_tensor(value) else rows_of(value) for value in values.values() if isinstance(value, Mapping) or (torch.is_tensor(value) and value.ndim))
 
-
+# %% ../nbs/60_trainer.ipynb #e9a3a4bc
 def module_trainer(
     sampler: LengthBatches,
     run: Run,
@@ -214,7 +214,7 @@ def module_trainer(
 
     return ModuleTrainer
 
-
+# %% ../nbs/60_trainer.ipynb #7271ff19
 def check_report_to(name: str):
     "Refuse a logger that is not installed before the run is under way."
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations

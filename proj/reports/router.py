@@ -9,6 +9,7 @@ __all__ = ['SHOWN', 'PAGES', 'RouterReport']
 import os
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..compare import figure_text
 from ..core import read_json
@@ -44,63 +45,78 @@ class RouterReport(Report):
         notes = [f"{n:,} prompts, {self.metrics['pool']} models; [95 % interval over prompts]. Strong: {self.metrics['strong']}, weak: {self.metrics['weak']}.", *self.metrics.get("notes", [])]
         return Page("\n".join([str(page), *notes]), page._repr_html_() + "".join(f"<p>{note}</p>" for note in notes))
 
-    def verdict(self) -> Page:
-        "Whether the router beats the best single model, and every other baseline by the headline figure."
-        lines = [self.metrics["verdict"]] if "verdict" in self.metrics else []
-        for name, figures in self.metrics["differences"].items():
-            other, d = name.removeprefix("trained - "), figures.get(self.headline)
-            if not name.startswith("trained - ") or other in ("oracle",) or not d or d["ci95"] is None: continue
-            low, high = d["ci95"]
-            said = "beats" if low > 0 else "is worse than" if high < 0 else "is not shown to differ from"
-            lines.append(f"It {said} {other.replace('_', ' ')}: {self.headline} {d['value']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}], p = {d['p']:.4f}, n = {d['n']:,}.")
-        return Page("\n".join(lines), "".join(f"<p>{line}</p>" for line in lines))
 
     def results_figure(self, metric: str | None = None, ax=None):
         ax = super().results_figure(metric, ax)
         ax.figure.set_figheight(1 + 0.36 * len(self.metrics["systems"]))
         return ax
 
-    def predictions(self) -> dict:
-        "Scores, qualities and costs of the test prompts, each (p, m)."
-        import pyarrow.parquet as pq
-        table, m = pq.read_table(self.run / "predictions.parquet"), self.metrics["pool"]
-        return {name: table[name].to_numpy().reshape(-1, m) for name in ("score", "quality", "cost")} | dict(models=table["model"].to_pylist()[:m])
-
-    def plane(self, ax=None):
-        p = self.predictions()
-        return cost_quality_plane(p["score"], p["quality"], p["cost"], p["models"], name="router", ax=ax)
-
-    def thresholds(self) -> Page:
-        "What a few promises cost."
-        c = read_json(self.run / "calibration.json")
-        if not c["score"]: return Page("No strong and weak model with known quality: nothing to calibrate.")
-        width = max(1.0, float(np.abs(c["gain"]).max()))
-        rows = [(f"at most {share:.0%} of the calls to {c['strong']}", f"{(t := share_threshold(c['score'], share)).value:.4f}", f"{t.share:.1%}") for share in (0.1, 0.25, 0.5)]
-        rows += [(f"lose at most {most:g} of quality, with probability .9", f"{(t := loss_threshold(c['score'], c['gain'], c['grid'], most, 0.1, width)).value:.4f}", f"{t.share:.1%}") for most in (0.02, 0.05, 0.1)]
-        return rows_page(rows, head=("promise", "threshold", f"share to {c['strong']} on {len(c['score']):,} validation prompts"))
-
-    def moved(self) -> Page:
-        "Prompts where the router's first choice gained and lost most against the best single model."
-        import pyarrow.parquet as pq
-        p = self.predictions()
-        if not np.isfinite(p["quality"]).all(1).any(): return Page("The data are votes: no quality of every model on every prompt to look at.")
-        texts = pq.read_table(self.run / "queries.parquet")["text"].to_pylist()
-        known = np.flatnonzero(np.isfinite(p["quality"]).all(1))
-        best, chosen = np.nanmean(p["quality"], 0).argmax(), p["score"].argmax(1)
-        change = p["quality"][known, chosen[known]] - p["quality"][known, best]
-        rows = []
-        for title, order in (("gained", np.argsort(-change, kind="stable")), ("lost", np.argsort(change, kind="stable"))):
-            rows += [(title, p["models"][chosen[known[at]]], f"{change[at]:+.3f}", head(texts[known[at]], 90)) for at in order[:4] if change[at] != 0]
-        return rows_page(rows or [("", "", "", "the router always chose the best single model")], head=("", "sent to", f"against {p['models'][best]}", "prompt"))
-
-    def commands(self) -> Page:
-        folder = os.path.relpath(self.run.folder)
-        return Page(f'proj route {folder} "prove that there are infinitely many primes" --share 0.3\nproj rank {folder} "a prompt"\nproj evaluate {folder} --data FILE\nproj inspect {folder}\n\n'
-                    f'from proj.use import load_model\nrouter = load_model("{folder}")\nrouter.predict(["a prompt", "another"])          # {{model: scores}}\nrouter.route(["a prompt"], cost={{...}}, budget=1.0)')
-
-    def pages(self): return [cell for cell in PAGES if cell[1] != "plane" or "aiq" in self.metrics["systems"]["trained"]]
+# %% ../../nbs/81_reports.router.ipynb #1adb0220
+@patch
+def verdict(self: RouterReport) -> Page:
+    "Whether the router beats the best single model, and every other baseline by the headline figure."
+    lines = [self.metrics["verdict"]] if "verdict" in self.metrics else []
+    for name, figures in self.metrics["differences"].items():
+        other, d = name.removeprefix("trained - "), figures.get(self.headline)
+        if not name.startswith("trained - ") or other in ("oracle",) or not d or d["ci95"] is None: continue
+        low, high = d["ci95"]
+        said = "beats" if low > 0 else "is worse than" if high < 0 else "is not shown to differ from"
+        lines.append(f"It {said} {other.replace('_', ' ')}: {self.headline} {d['value']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}], p = {d['p']:.4f}, n = {d['n']:,}.")
+    return Page("\n".join(lines), "".join(f"<p>{line}</p>" for line in lines))
 
 
+@patch
+def predictions(self: RouterReport) -> dict:
+    "Scores, qualities and costs of the test prompts, each (p, m)."
+    import pyarrow.parquet as pq
+    table, m = pq.read_table(self.run / "predictions.parquet"), self.metrics["pool"]
+    return {name: table[name].to_numpy().reshape(-1, m) for name in ("score", "quality", "cost")} | dict(models=table["model"].to_pylist()[:m])
+
+
+@patch
+def plane(self: RouterReport, ax=None):
+    p = self.predictions()
+    return cost_quality_plane(p["score"], p["quality"], p["cost"], p["models"], name="router", ax=ax)
+
+
+@patch
+def thresholds(self: RouterReport) -> Page:
+    "What a few promises cost."
+    c = read_json(self.run / "calibration.json")
+    if not c["score"]: return Page("No strong and weak model with known quality: nothing to calibrate.")
+    width = max(1.0, float(np.abs(c["gain"]).max()))
+    rows = [(f"at most {share:.0%} of the calls to {c['strong']}", f"{(t := share_threshold(c['score'], share)).value:.4f}", f"{t.share:.1%}") for share in (0.1, 0.25, 0.5)]
+    rows += [(f"lose at most {most:g} of quality, with probability .9", f"{(t := loss_threshold(c['score'], c['gain'], c['grid'], most, 0.1, width)).value:.4f}", f"{t.share:.1%}") for most in (0.02, 0.05, 0.1)]
+    return rows_page(rows, head=("promise", "threshold", f"share to {c['strong']} on {len(c['score']):,} validation prompts"))
+
+# %% ../../nbs/81_reports.router.ipynb #e54dacb6
+@patch
+def moved(self: RouterReport) -> Page:
+    "Prompts where the router's first choice gained and lost most against the best single model."
+    import pyarrow.parquet as pq
+    p = self.predictions()
+    if not np.isfinite(p["quality"]).all(1).any(): return Page("The data are votes: no quality of every model on every prompt to look at.")
+    texts = pq.read_table(self.run / "queries.parquet")["text"].to_pylist()
+    known = np.flatnonzero(np.isfinite(p["quality"]).all(1))
+    best, chosen = np.nanmean(p["quality"], 0).argmax(), p["score"].argmax(1)
+    change = p["quality"][known, chosen[known]] - p["quality"][known, best]
+    rows = []
+    for title, order in (("gained", np.argsort(-change, kind="stable")), ("lost", np.argsort(change, kind="stable"))):
+        rows += [(title, p["models"][chosen[known[at]]], f"{change[at]:+.3f}", head(texts[known[at]], 90)) for at in order[:4] if change[at] != 0]
+    return rows_page(rows or [("", "", "", "the router always chose the best single model")], head=("", "sent to", f"against {p['models'][best]}", "prompt"))
+
+
+@patch
+def commands(self: RouterReport) -> Page:
+    folder = os.path.relpath(self.run.folder)
+    return Page(f'proj route {folder} "prove that there are infinitely many primes" --share 0.3\nproj rank {folder} "a prompt"\nproj evaluate {folder} --data FILE\nproj inspect {folder}\n\n'
+                f'from proj.use import load_model\nrouter = load_model("{folder}")\nrouter.predict(["a prompt", "another"])          # {{model: scores}}\nrouter.route(["a prompt"], cost={{...}}, budget=1.0)')
+
+
+@patch
+def pages(self: RouterReport): return [cell for cell in PAGES if cell[1] != "plane" or "aiq" in self.metrics["systems"]["trained"]]
+
+# %% ../../nbs/81_reports.router.ipynb #4cf41726
 PAGES = [  # heading, method, what to see
     ("Results", "results", "APGR: area under the share of the quality gap between weak and strong model that is recovered, over shares of strong calls (random: .5). CPT: share of strong calls that recovers 50 and 80 % of it, the lower the better. AIQ: area under the hull of quality over cost."),
     ("", "verdict", ""), ("", "results_figure", ""),

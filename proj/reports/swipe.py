@@ -9,10 +9,11 @@ __all__ = ['PAGES', 'SwipeReport']
 import os
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import read_json
 from ..compare import figure_text
-from ..data.keyboards import find_keyboard, path_plot
+from ..data.keyboards import path_plot, read_keyboard
 from ..decoding import confusion_plot
 from ..plot import learning_curve, new_axes
 from ..report import Page, Report, rows_page
@@ -34,69 +35,82 @@ class SwipeReport(Report):
 
     def results(self, metrics=("top@1", "top@3", "top@4", "top@5", "mrr")): return super().results(metrics)
 
-    def by(self) -> Page:
-        "The trained decoder's top@1 by length of the word and nearness of the path."
-        rows = [(title, name, f"{figure_text(figure)}", f"{figure['n']:,}") for title, key in (("characters", "by_length"), ("path", "by_quality")) for name, figure in self.metrics[key].items()]
-        return rows_page(rows, head=("", "", "top@1", "paths"))
-
-    def robust(self) -> Page:
-        "Top@1 when things change."
-        rows = [(name, *(figure_text(systems[system]) for system in ("trained", "template_frequency")), f"{systems['trained']['n']:,}") for name, systems in self.metrics["robustness"].items()]
-        return rows_page(rows, head=("case", "trained", "template + frequency", "paths"))
-
-    def out_of_reach(self) -> Page:
-        "What no decoder can get right."
-        u = self.metrics["unreachable"]
-        rows = [("not in the lexicon", f"{u['out of vocabulary']:.1%} of the paths: {', '.join(u['lacking']) or 'none'}"),
-                ("behind a more frequent word with the same path", f"{u['behind a twin']:.1%} of the paths: {', '.join(u['twins']) or 'none'}")]
-        return rows_page(rows)
-
-    def paths(self, ax=None):
-        "Paths over the keyboard with the ideal paths of the words that came first."
-        from matplotlib import pyplot as plt
-        found, keyboard = read_json(self.run / "examples.json"), self.keyboard()
-        kinds = [kind for kind in ("brought up", "lost", "still wrong") if found[kind]]
-        figure, axes = plt.subplots(max(1, len(kinds)), 3, figsize=(11, 2.9 * max(1, len(kinds))), squeeze=False)
-        for row, kind in zip(axes, kinds):
-            for ax in row: ax.set_axis_off()
-            for ax, e in zip(row, found[kind]):
-                ax.set_axis_on()
-                path_plot(np.array(e["path"]), keyboard, [w for w in e["words"] if not keyboard.stranger(w)], title=f"{kind}: {e['word']} ({e['before']} -> {e['after']})", ax=ax)
-        figure.tight_layout()
-        plt.close(figure)
-        return axes[0, 0]
-
-    def keyboard(self):
-        from proj.swipe_parts import beside
-        from proj.data.sources import find_data
-        if self.config["data"] == "synthetic": return find_keyboard(self.config["swipe"]["keyboard"] or "qwerty")
-        where = find_data(self.config["data"])
-        return find_keyboard(beside(where if where.is_dir() else where.parent, self.config["swipe"]["keyboard"], "keyboard.json", "qwerty"))
-
-    def confusions(self, ax=None):
-        "How far apart the letters are that templates confuse."
-        letters = read_json(self.run / "examples.json")["letters"]
-        if letters: return confusion_plot([tuple(pair) for pair in letters], self.keyboard(), ax=ax)
-        ax = new_axes(ax)
-        ax.text(0.5, 0.5, "no letters were confused", ha="center", transform=ax.transAxes)
-        return ax
-
-    def pretraining(self, ax=None):
-        "The loss of the first phase and its parts."
-        lines = [line for line in history(self.run) if line.get("phase") == "pretraining"]
-        steps, losses = zip(*[(line["step"], line["loss"]) for line in lines if "character" in line])
-        held = [(line["step"], line["loss"]) for line in lines if "character" not in line and "loss" in line]
-        return learning_curve(steps, np.array(losses), evaluations=held, metric="loss", ax=ax)
-
-    def commands(self) -> Page:
-        folder = os.path.relpath(self.run.folder)
-        return Page(f'proj rank {folder} "[[0.25, 0.08, 0], [0.45, 0.08, 90], [0.75, 0.08, 180]]"\nproj evaluate {folder} --data FILE\nproj inspect {folder}\n\n'
-                    f'from proj.use import load_model\ndecoder = load_model("{folder}")\ndecoder.decode(path, top_k=5)   # path: (n, 3) x, y in keyboard widths, t in ms')
-
-    def pages(self):
-        return [cell for cell in PAGES if not (cell[1] == "pretraining" and "pretraining" not in self.facts_.get("phases", {}))]
+# %% ../../nbs/78_reports.swipe.ipynb #356e3516
+@patch
+def by(self: SwipeReport) -> Page:
+    "The trained decoder's top@1 by length of the word and nearness of the path."
+    rows = [(title, name, f"{figure_text(figure)}", f"{figure['n']:,}") for title, key in (("characters", "by_length"), ("path", "by_quality")) for name, figure in self.metrics[key].items()]
+    return rows_page(rows, head=("", "", "top@1", "paths"))
 
 
+@patch
+def robust(self: SwipeReport) -> Page:
+    "Top@1 when things change."
+    rows = [(name, *(figure_text(systems[system]) for system in ("trained", "template_frequency")), f"{systems['trained']['n']:,}") for name, systems in self.metrics["robustness"].items()]
+    return rows_page(rows, head=("case", "trained", "template + frequency", "paths"))
+
+
+@patch
+def out_of_reach(self: SwipeReport) -> Page:
+    "What no decoder can get right."
+    u = self.metrics["unreachable"]
+    rows = [("not in the lexicon", f"{u['out of vocabulary']:.1%} of the paths: {', '.join(u['lacking']) or 'none'}"),
+            ("behind a more frequent word with the same path", f"{u['behind a twin']:.1%} of the paths: {', '.join(u['twins']) or 'none'}")]
+    return rows_page(rows)
+
+
+@patch
+def paths(self: SwipeReport, ax=None):
+    "Paths over the keyboard with the ideal paths of the words that came first."
+    from matplotlib import pyplot as plt
+    found, keyboard = read_json(self.run / "examples.json"), self.keyboard()
+    kinds = [kind for kind in ("brought up", "lost", "still wrong") if found[kind]]
+    figure, axes = plt.subplots(max(1, len(kinds)), 3, figsize=(11, 2.9 * max(1, len(kinds))), squeeze=False)
+    for row, kind in zip(axes, kinds):
+        for ax in row: ax.set_axis_off()
+        for ax, e in zip(row, found[kind]):
+            ax.set_axis_on()
+            path_plot(np.array(e["path"]), keyboard, [w for w in e["words"] if not keyboard.stranger(w)], title=f"{kind}: {e['word']} ({e['before']} -> {e['after']})", ax=ax)
+    figure.tight_layout()
+    plt.close(figure)
+    return axes[0, 0]
+
+# %% ../../nbs/78_reports.swipe.ipynb #7799c305
+@patch
+def keyboard(self: SwipeReport): return read_keyboard(self.run / "keyboard.json", letters="")
+
+
+@patch
+def confusions(self: SwipeReport, ax=None):
+    "How far apart the letters are that templates confuse."
+    letters = read_json(self.run / "examples.json")["letters"]
+    if letters: return confusion_plot([tuple(pair) for pair in letters], self.keyboard(), ax=ax)
+    ax = new_axes(ax)
+    ax.text(0.5, 0.5, "no letters were confused", ha="center", transform=ax.transAxes)
+    return ax
+
+
+@patch
+def pretraining(self: SwipeReport, ax=None):
+    "The loss of the first phase and its parts."
+    lines = [line for line in history(self.run) if line.get("phase") == "pretraining"]
+    steps, losses = zip(*[(line["step"], line["loss"]) for line in lines if "character" in line])
+    held = [(line["step"], line["loss"]) for line in lines if "character" not in line and "loss" in line]
+    return learning_curve(steps, np.array(losses), evaluations=held, metric="loss", ax=ax)
+
+
+@patch
+def commands(self: SwipeReport) -> Page:
+    folder = os.path.relpath(self.run.folder)
+    return Page(f'proj rank {folder} "[[0.25, 0.08, 0], [0.45, 0.08, 90], [0.75, 0.08, 180]]"\nproj evaluate {folder} --data FILE\nproj inspect {folder}\n\n'
+                f'from proj.use import load_model\ndecoder = load_model("{folder}")\ndecoder.decode(path, top_k=5)   # path: (n, 3) x, y in keyboard widths, t in ms')
+
+
+@patch
+def pages(self: SwipeReport):
+    return [cell for cell in PAGES if not (cell[1] == "pretraining" and "pretraining" not in self.facts_.get("phases", {}))]
+
+# %% ../../nbs/78_reports.swipe.ipynb #98795052
 PAGES = [  # heading, method, what to see
     ("Results", "results", "Every system chose among all words of the lexicon. Intervals are 95 %, over paths; differences are paired. Trained: templates, frequency and cross-encoder combined."),
     ("", "verdict", ""), ("", "results_figure", ""),

@@ -224,7 +224,7 @@ def items(self: RouterTraining) -> RouterItems:
     self.data = RouterItems(self.parts.train, self.features(self.parts.train), self.cfg.router.balanced, self.cfg.seed)
     return self.data
 
-
+# %% ../../nbs/80_tasks.router.ipynb #2e6e35d8
 @patch
 def lengths(self: RouterTraining, items: RouterItems) -> np.ndarray:
     if items.weights is not None: return np.ones((len(items), 1), int)  # which prompt comes where is drawn later
@@ -243,7 +243,7 @@ def optimizer(self: RouterTraining):
 @patch
 def collate(self: RouterTraining, items) -> dict: return self.data.batch(items, self.encoder.model)
 
-
+# %% ../../nbs/80_tasks.router.ipynb #a47688f2
 @patch
 def loss(self: RouterTraining):
     "The loss, as a part of the model while it is trained."
@@ -289,7 +289,7 @@ def baselines(self: RouterTraining) -> Figures:
         self.evaluation = self.measured("test", self.predictions)
     return self.evaluation
 
-
+# %% ../../nbs/80_tasks.router.ipynb #9c1d9af9
 def baselines_for(train: RouterRows, costs: np.ndarray, seed: int) -> dict:
     "All baselines; where all models cost the same there is no cheapest."
     return {name: scores for name, scores in fit_baselines(train, costs, seed=seed).items() if name != "cheapest" or np.ptp(costs.mean(0)) > 0}
@@ -302,7 +302,7 @@ def rows_for(data, encoder, precision: str) -> RouterRows:
     category = None if None in data.category else np.array(data.category)
     return RouterRows(texts, quality, category, None if encoder is None else DualEncoder(encoder, precision=precision).encode(texts, kind="query"), comparisons)
 
-
+# %% ../../nbs/80_tasks.router.ipynb #e426e89a
 class Routed(Figures):
     "Routers measured on the same prompts: the figures at a cost are no means over prompts, and come with their own intervals."
     def __init__(self, *args, summary, **kw):
@@ -327,7 +327,7 @@ def measured(self: RouterTraining, part: str, predictions: dict) -> Routed:
     "All routers on one part."
     return measured_on(predictions, getattr(self.parts, part), self.costs[part], self.parts.models, self.cfg, part)
 
-
+# %% ../../nbs/80_tasks.router.ipynb #65212308
 def measured_on(predictions: dict, data, costs, models, cfg: TrainConfig, part: str, name: str = "") -> Routed:
     "Routers by name on prompts: figures, ledger, and what they can be grouped by."
     names = dict(models=models, comparisons=comparisons_in(data), strong=cfg.router.strong, weak=cfg.router.weak)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..confusions import build_pool, draw_negatives, save_pool
 from ..config import EvaluateConfig, TrainConfig, make
 from ..core import ConfigError, DataError, log, pick_device, pick_precision, rng, write_json
-from ..data.keyboards import carried, find_keyboard, path_plot, swapped
+from ..data.keyboards import carried, find_keyboard, path_plot, swapped, write_keyboard
 from ..data.strokes import synthetic_swipes
 from ..data.read import Fault
 from ..data.sources import find_data
@@ -198,7 +198,7 @@ def first(self: SwipeTraining):
         return np.array([value])
     self.phase("pretraining", model.to(self.device), items, self.lengths(items), items.views, parts, held_out, epochs=spec.pretraining, batch_size=64)
 
-
+# %% ../../nbs/77_tasks.swipe.ipynb #96afe5e4
 @patch
 def items(self: SwipeTraining) -> SwipeItems:
     cfg, spec = self.cfg, self.cfg.swipe
@@ -210,7 +210,7 @@ def items(self: SwipeTraining) -> SwipeItems:
 @patch
 def collate(self: SwipeTraining, items) -> dict: return self.data.groups(items)
 
-
+# %% ../../nbs/77_tasks.swipe.ipynb #add858ef
 @patch
 def loss(self: SwipeTraining):
     spec = self.spec
@@ -286,6 +286,7 @@ def test(self: SwipeTraining):
     best = add_trained(self.evaluation, found, self.run.facts["blend"])
     with step(self.run, "robustness"): self.evaluation.facts |= dict(unreachable=self.unreachable(), robustness=self.robustness())
     write_json(self.run / "examples.json", self.examples(found, best))
+    write_keyboard(self.run / "keyboard.json", self.parts.keyboard)
     self.run.update(speed=self.speed())
     self.evaluation.save(self.run.folder)
 
