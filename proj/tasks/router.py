@@ -402,7 +402,7 @@ def load_run(folder, device: str = "auto", precision: str = "auto") -> Router:
     router.model.encoder.max_seq_length = run.facts["config"]["max_length"]
     return router
 
-
+# %% ../../nbs/80_tasks.router.ipynb #6454a1ff
 def calibrated(folder, wish: Wish):
     "The threshold that keeps a promise; a `Threshold`, with the strong and the weak model."
     from proj.thresholds import loss_threshold, share_threshold
@@ -433,7 +433,7 @@ def route_run(
         return router.route(prompts, cost=cost, threshold=wish.threshold, strong=known["strong"], weak=known["weak"]), None
     return router.route(prompts, cost=cost, budget=wish.budget), None
 
-
+# %% ../../nbs/80_tasks.router.ipynb #0e9813ce
 def rank_run(folder, query: str, data: str | None = None, top_k: int = 5, device: str = "auto"):
     "The language models for a prompt, best first; a Ranking."
     if data: raise ConfigError("parameter 'data' does nothing for a router, which ranks the models it knows; leave it out")
