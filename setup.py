@@ -17,6 +17,7 @@ setup(
     packages=find_packages(include=["proj", "proj.*"]) + ["proj.nbs"],
     package_dir={"proj": "proj", "proj.nbs": "nbs"}, package_data={"proj.nbs": ["[a-z]*.ipynb", "presets/*.yaml"]},
     install_requires=meta["requirements"].split(),
-    extras_require={"dev": meta["dev_requirements"].split(), "offline": meta["offline_requirements"].split(), "qlora": meta["qlora_requirements"].split()},
+    extras_require={"dev": meta["dev_requirements"].split(), "offline": meta["offline_requirements"].split(), "qlora": meta["qlora_requirements"].split(),
+                    "swipe": meta["swipe_requirements"].split()},
     entry_points={"console_scripts": meta["console_scripts"].split()}, zip_safe=False,
 )

@@ -63,7 +63,7 @@ def test_every_requirement_is_pinned_to_a_version_that_satisfies_it():
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     assert "+" not in "".join(pins.values()), "a local build cannot be had elsewhere"
     ini = settings()
-    for text in " ".join(ini[key] for key in ("requirements", "dev_requirements", "offline_requirements", "qlora_requirements")).split():
+    for text in " ".join(ini[key] for key in ("requirements", "dev_requirements", "offline_requirements", "qlora_requirements", "swipe_requirements")).split():
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
