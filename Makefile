@@ -1,6 +1,7 @@
 TASK   ?= dual
 LOSS_cross = softmax
 LOSS_router = margin_ranking
+LOSS_recommend = plackett_luce
 LOSS   ?= $(or $(LOSS_$(TASK)),mnr)
 VENV   ?= .venv
 PYTHON ?= python3
@@ -28,7 +29,7 @@ $(READY): settings.ini constraints.txt setup.py
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,offline,qlora]'
 	@touch $@
 
-train: setup  ## train with LOSS, evaluate, write the report: make train LOSS=mnr, or TASK=cross, router, swipe
+train: setup  ## train with LOSS, evaluate, write the report: make train LOSS=mnr, or TASK=cross, router, recommend, swipe
 	@out="runs/$(TASK)-$(LOSS)-$$(date -u +%Y%m%d-%H%M%S)" && mkdir -p "$$out" && set -x && \
 	papermill -k python3 --log-output --no-progress-bar nbs/train.ipynb "$$out/report.ipynb" -p task $(TASK) -p loss $(LOSS) -p out "$$out" $(ARGS) && \
 	{ set +x; } 2>/dev/null && echo "The report: $$out/report.html"
