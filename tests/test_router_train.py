@@ -230,3 +230,9 @@ def test_muon_moves_the_encoder_s_matrices(data, tmp_path):
     by = {by: [name for g in made.optimizer.param_groups if g["by"] == by for name in g["param_names"]] for by in ("muon", "adamw")}
     assert by["muon"] and all(name.startswith("encoder.") for name in by["muon"]) and any(name.startswith("head.") for name in by["adamw"])
     this.run.release()
+
+
+def test_prompts_without_a_category_are_evaluated_without_it(run, tmp_path):
+    rows = [{name: value for name, value in row.items() if name != "category"} for row in outcomes(40, seed=3)]
+    found = evaluate(make(EvaluateConfig, dict(run=str(run.folder), data=str(write(tmp_path / "other.jsonl", rows)), out=str(tmp_path / "out"), device="cpu", precision="fp32"))).metrics()
+    assert "category_prior" not in found["systems"] and found["systems"]["trained"]["mean_score"]["n"] == 40 and (tmp_path / "out" / "ledger.parquet").is_file()

@@ -8,7 +8,7 @@ __all__ = ['whole_text', 'RouterItems', 'costs_of', 'strengths', 'comparisons_in
            'write_predictions', 'Wish', 'load_run', 'calibrated', 'route_run', 'rank_run', 'evaluate_run']
 
 # %% ../../nbs/80_tasks.router.ipynb #885cd063
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -448,6 +448,7 @@ def evaluate_run(cfg: EvaluateConfig) -> Figures:
     if cfg.data: data = known_models(read_routing(find_data(cfg.data), was.router, skip_bad=cfg.skip_bad, rejects=out / "rejects.jsonl"), parts.models, "given")
     plain = load_encoder(was.model, max_length=was.max_length, device=pick_device(cfg.device)) if was.model not in ("tiny", "scratch") else None
     train, test = (rows_for(some, plain, router.precision) for some in (parts.train, data))
+    if test.category is None: train = replace(train, category=None)  # what is not known of these prompts cannot be used
     features = None if router.transform is None else FeatureTransform.from_dict(router.transform).transform(prompt_features(data.prompts, data.history))
     predictions = {"trained": router.logits(test.texts, features=features)}
     predictions |= {name: scores(test) for name, scores in baselines_for(train, costs_of(parts, parts.train, was.router.costs), was.seed).items()}
