@@ -93,9 +93,8 @@ def route_verb(arguments: list[str]):
     parser.add_argument("--delta", type=float, default=0.1, help="chance that --max-loss is exceeded (default: 0.1)")
     given = parser.parse_args(arguments)
     if any(not prompt.strip() for prompt in given.prompts): raise ConfigError("a prompt is blank; say what is to be answered")
-    from proj.config import TrainConfig, make
     from proj.run import Run
-    if make(TrainConfig, Run.open(given.run).facts["config"]).task != "router": raise ConfigError(f"{given.run} is no run of task router; `proj list runs` shows what there is")
+    if Run.open(given.run).facts["config"]["task"] != "router": raise ConfigError(f"{given.run} is no run of task router; `proj list runs` shows what there is")
     from proj.report import head, rows_page
     from proj.tasks.router import Wish, route_run
     routes, promise = route_run(given.run, given.prompts, Wish(given.budget, given.threshold, given.share, given.max_loss, given.delta))

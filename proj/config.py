@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Precision', 'Device', 'Nested', 'Whole', 'FINETUNING', 'TASK_DEFAULTS', 'TASK_ONLY', 'KINDS', 'Spec', 'OptimizerSpec',
            'NegativesSpec', 'FinetuningSpec', 'TaskSpec', 'EmbeddingSpec', 'RouterSpec', 'SwipeSpec', 'RecommendSpec',
-           'TrainConfig', 'EvaluateConfig', 'CompareConfig', 'MineConfig', 'PipelineConfig', 'PromoteConfig',
+           'TrainConfig', 'stored', 'EvaluateConfig', 'CompareConfig', 'MineConfig', 'PipelineConfig', 'PromoteConfig',
            'BenchLossesConfig', 'ProbeConfig', 'parse_yaml', 'unknown', 'explain', 'make', 'from_file',
            'from_environment', 'merged', 'from_arguments', 'from_notebook', 'parameter_table']
 
@@ -246,6 +246,15 @@ class TrainConfig(TaskSpec):
     recommend: Annotated[RecommendSpec, Nested] = Field(default_factory=RecommendSpec, description="recommend: ranker, base, new_models, groups, folds, networks, ...")
     swipe: Annotated[SwipeSpec, Nested] = Field(default_factory=SwipeSpec, description="swipe: keyboard, lexicon, channels, points, synthetic, pretraining, kinds, ...")
     finetuning: Annotated[FinetuningSpec, Nested] = Field(default_factory=FinetuningSpec, description="which weights are trained: method, num_layers, rank, alpha, dropout, ...")
+
+# %% ../nbs/01_config.ipynb #a6d17deb
+def stored(
+    config: dict,     # of a run.json
+    where: str = "",  # for the message
+) -> TrainConfig:
+    "The config of a run, without what is other tasks' only: their defaults may have been others when it was written."
+    task = config.get("task", "dual")
+    return make(TrainConfig, {name: value for name, value in config.items() if task in TASK_ONLY.get(name, (task,))}, where)
 
 # %% ../nbs/01_config.ipynb #2fae6376
 class EvaluateConfig(Spec):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .compare import Summary, figure_text, summarise
-from .config import PromoteConfig, TrainConfig, make
+from .config import PromoteConfig, TrainConfig, make, stored
 from .core import ConfigError, DataError, GateError, ProjError, disk_error, log, read_json, write_json, write_step
 from .data.guard import Texts, text_pairs, texts_of
 from .manifest import MANIFEST, check_manifest, files_in, read_manifest, write_manifest
@@ -232,7 +232,7 @@ def training_queries(
     if None in hashes.values(): raise DataError(f"{run}: run.json has no hashes of its data, {why}; train it again")
     key = tuple(hashes.values())
     if key in known: return known[key]
-    try: parts = load_parts(make(TrainConfig, facts["config"], f"{run}/run.json: "))
+    try: parts = load_parts(stored(facts["config"], f"{run}/run.json: "))
     except ProjError as e: raise DataError(f"{run}: its training data cannot be read ({' '.join(str(e).split())}), {why}; put the data back, or train anew") from e
     stores = dict(train=parts.train, validation=parts.validation)
     for part, store in stores.items():

@@ -9,7 +9,7 @@ __all__ = ['MACHINE', 'flat', 'differences', 'diff', 'figures', 'shown', 'replay
 import os
 from pathlib import Path
 
-from .config import TrainConfig, make
+from .config import TrainConfig, make, stored
 from .core import DataError, GateError, library_versions, log, read_json
 from .manifest import accept, committed, faults, read_manifest
 from .report import Page, rows_page
@@ -83,7 +83,7 @@ def replay(
     if other := differences(facts["versions"], library_versions(), "versions"):
         log.warning("other versions than the run was made with, figures may differ: %s", ", ".join(f"{path} {a} -> {b}" for _, path, a, b in other))
     torch.set_num_threads(facts["threads"])
-    cfg = make(TrainConfig, facts["config"] | dict(out=str(out), resume=None, precision=facts["precision"]))
+    cfg = stored(facts["config"] | dict(out=str(out), resume=None, precision=facts["precision"]))
     begun = training(cfg, command=f"proj replay {run}")
     same_start(facts, begun.facts(), run)
     begun.baselines(), begun.train(), begun.evaluate()

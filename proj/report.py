@@ -140,6 +140,14 @@ def curve(self: Report, log: bool = False, ax=None):
 
 
 @patch
+def curve_log(self: Report, ax=None): return self.curve(log=True, ax=ax)
+
+
+@patch
+def humps_before(self: Report, ax=None): return self.humps(self.before, ax=ax)
+
+
+@patch
 def humps(self: Report, system: str = "trained", ax=None):
     "Scores of the right document, of a wrong one at random and of the best wrong one."
     import pyarrow.compute as pc, pyarrow.parquet as pq
@@ -217,8 +225,8 @@ CELLS = [  # heading, method, what to see
     ("Results", "results", "Every system ranked the same queries over the same pool. Intervals are 95 %, over queries; differences are paired."),
     ("", "verdict", ""), ("", "results_figure", ""),
     ("By depth", "depths", "How many documents of the first stage are reranked. The oracle is the most that any order of them can reach."), ("", "depth_figure", ""),
-    ("Learning", "curve", "The loss should fall and flatten; the validation MRR tells where going on stopped paying."),
-    ("Scores", "humps", "The two humps should part: scores of the right document, and of a wrong one drawn at random. The outline is the best wrong one of each query: where it is ahead, the query is lost at rank 1."),
+    ("Learning", "curve", "The loss should fall and flatten; the validation MRR tells where going on stopped paying. Below the same loss on a logarithmic axis."), ("", "curve_log", ""),
+    ("Scores", "humps_before", "The two humps should part: scores of the right document, and of a wrong one drawn at random. The outline is the best wrong one of each query: where it is ahead, the query is lost at rank 1. First before training, then after."), ("", "humps", ""),
     ("Queries that moved", "moved", "Against the model before training; for a reranker, against the first stage."),
     ("Use it", "commands", ""), ("How it was made", "versions", ""),
 ]

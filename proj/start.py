@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import TrainConfig, make
+from .config import TrainConfig, make, stored
 from .core import ConfigError, DataError, leader, library_versions, log, processes, rng
 from .data.sources import Parts, load_data
 from .data.store import Store
@@ -46,7 +46,7 @@ def same_parameters(
     out,               # a run that was begun before
 ) -> TrainConfig:      # the run's own
     "Refuse a parameter that is given and is not what the run began with."
-    was = make(TrainConfig, Run.open(out).facts["config"], f"{out}/run.json: ")
+    was = stored(Run.open(out).facts["config"], f"{out}/run.json: ")
     for name in sorted(cfg.model_fields_set - {"resume", "out"}):
         if getattr(cfg, name) != getattr(was, name):
             raise ConfigError(f"parameter '{name}' is {getattr(cfg, name)} but {out} began with {getattr(was, name)}; a run goes on as it began: leave '{name}' out, "

@@ -9,7 +9,7 @@ __all__ = ['OTHERS', 'of_task', 'load_model', 'evaluate', 'blend_weight', 'Toget
 from importlib import import_module
 from pathlib import Path
 
-from .config import EvaluateConfig, PipelineConfig, TrainConfig, make
+from .config import EvaluateConfig, PipelineConfig, TrainConfig, make, stored
 from .core import ConfigError, DataError, log, pick_device, pick_precision, read_json
 from .data.sources import load_test
 from .evaluate import EncodedPool, Evaluation
@@ -49,7 +49,7 @@ def load_model(
 # %% ../nbs/62_use.ipynb #391e8d72
 def _trained_with(folder: Path) -> TrainConfig | None:
     "The config of a run; None for a model folder."
-    return make(TrainConfig, Run(folder).facts["config"]) if (folder / "run.json").exists() else None
+    return stored(Run(folder).facts["config"]) if (folder / "run.json").exists() else None
 
 
 def evaluate(cfg: EvaluateConfig) -> Evaluation:

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..compare import summarise
-from ..config import EvaluateConfig, TrainConfig, make
+from ..config import EvaluateConfig, TrainConfig, make, stored
 from ..core import ConfigError, DataError, log, named, rng, write_json
 from ..data.openclip import MetadataEncoder
 from ..data.zoo import DatasetTokens, TrueScores, build_combined_similarity_loader, collate, load_tokens
@@ -313,7 +313,7 @@ def opened(folder, device: str = "auto") -> tuple[Run, TrainConfig, Recommender]
     run = Run.open(folder)
     if not (run / "model").is_dir() or "weights" not in run.facts: raise DataError(f"{folder}: this run has no trained model, its status is '{run.status}'; go on with it (resume=auto) or train again")
     if run.facts["config"]["task"] != "recommend": raise ConfigError(f"{folder} is a run of task {run.facts['config']['task']}; expected one of task recommend")
-    return run, make(TrainConfig, run.facts["config"]), load_recommender(run / "model", device)
+    return run, stored(run.facts["config"]), load_recommender(run / "model", device)
 
 
 def load_run(folder, device: str = "auto", precision: str = "auto") -> Recommender: return opened(folder, device)[2]

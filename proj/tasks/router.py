@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 
 from ..batches import token_counts
-from ..config import EvaluateConfig, TrainConfig, make
+from ..config import EvaluateConfig, TrainConfig, make, stored
 from ..core import ConfigError, DataError, atomic, leader, log, pick_device, pick_precision, read_json, rng, write_json
 from ..data.comparisons import Comparisons, Outcomes
 from ..data.sources import find_data
@@ -442,7 +442,7 @@ def rank_run(folder, query: str, data: str | None = None, top_k: int = 5, device
 
 def evaluate_run(cfg: EvaluateConfig) -> Figures:
     "A router and its baselines, which are fitted on its own training part, on other prompts or once more on its own; writes metrics.json and ledger.parquet to `out`."
-    router, was = load_run(cfg.run, cfg.device, cfg.precision), make(TrainConfig, Run.open(cfg.run).facts["config"])
+    router, was = load_run(cfg.run, cfg.device, cfg.precision), stored(Run.open(cfg.run).facts["config"])
     parts, out = load_routing(was), Path(cfg.out or Path(cfg.run) / "evaluations" / Path(cfg.data or "test").stem)
     data = parts.test
     if cfg.data: data = known_models(read_routing(find_data(cfg.data), was.router, skip_bad=cfg.skip_bad, rejects=out / "rejects.jsonl"), parts.models, "given")

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 
 from ..confusions import build_pool, draw_negatives, save_pool
-from ..config import EvaluateConfig, TrainConfig, make
+from ..config import EvaluateConfig, TrainConfig, make, stored
 from ..core import ConfigError, DataError, log, pick_device, pick_precision, rng, write_json
 from ..data.keyboards import carried, find_keyboard, path_plot, swapped, write_keyboard
 from ..data.strokes import synthetic_swipes
@@ -357,7 +357,7 @@ def opened(folder, device: str = "auto", precision: str = "auto") -> tuple[Run, 
     run = Run.open(folder)
     if not (run / "model").is_dir() or "blend" not in run.facts: raise DataError(f"{folder}: this run has no measured model, its status is '{run.status}'; go on with it (resume=auto) or train again")
     device = pick_device(device)
-    return run, make(TrainConfig, run.facts["config"]), SwipeScorer.load(run / "model", device=device, precision=pick_precision(precision, device))
+    return run, stored(run.facts["config"]), SwipeScorer.load(run / "model", device=device, precision=pick_precision(precision, device))
 
 
 def load_run(folder, device: str = "auto", precision: str = "auto") -> Decoder:
