@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'NUMERIC', 'DOMAINS', 'STYLE', 'TASKS', 'VERBS', 'QUESTIONS', 'LISTS', 'ROLES', 'KINDS', 'ZEROS', 'HEAVY',
-           'FLAT', 'Feature', 'word_lists', 'list_counts', 'history_text', 'count_turns', 'one_prompt',
+           'FLAT', 'LEAST', 'Feature', 'word_lists', 'list_counts', 'history_text', 'count_turns', 'one_prompt',
            'prompt_features', 'fit_column', 'FeatureTransform']
 
 # %% ../nbs/07_prompts.ipynb #c4d71c9e
@@ -228,7 +228,7 @@ def prompt_features(
 
 # %% ../nbs/07_prompts.ipynb #646a4113
 KINDS = ("boolean", "plain", "log", "zeros", "zeros log")
-ZEROS, HEAVY, FLAT = 0.2, 2.0, 0.05  # share of zeros; skewness; spread over mean
+ZEROS, HEAVY, FLAT, LEAST = 0.2, 2.0, 0.05, 1e-6  # share of zeros; skewness; spread over mean; spread, so that no value overflows
 
 
 def fit_column(
@@ -245,7 +245,7 @@ def fit_column(
     values = np.log1p(values / scale) if heavy else values
     mean, spread = (float(values.mean()), float(values.std())) if len(values) else (0.0, 0.0)
     kind = ("zeros log" if heavy else "zeros") if zeros else "log" if heavy else "plain"
-    return kind, scale, mean, spread if spread > FLAT * mean else mean or 1.0
+    return kind, scale, mean, max(spread if spread > FLAT * mean else mean or 1.0, LEAST)
 
 # %% ../nbs/07_prompts.ipynb #deff8a15
 def _checked(values, least: float = 0.0) -> np.ndarray:

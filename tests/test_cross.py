@@ -466,7 +466,7 @@ def test_an_alias_trains_under_its_real_name(data, tmp_path):
     (dict(retriever="tiny"), "has learned nothing"), (dict(negatives=dict(refresh_every=3)), "refresh_every"), (dict(negatives=dict(reuse=True)), "reuse"),
     (dict(negatives=dict(candidates="dense")), "needs a retriever that is an encoder"), (dict(model="static"), "no attention"), (dict(max_length=4096), "positions"),
     (dict(retriever="minilmm"), "minilm"), (dict(depth=1), "depth"), (dict(alpha=1.5), "alpha"), (dict(alpha="test"), "alpha"),
-    (dict(task="dual", loss="mnr", retriever="minilm"), "parameter 'depth' is of task cross only"), (dict(task="dual", loss="mnr", depth=50), "parameter 'retriever' is of task cross only"),
+    (dict(task="dual", loss="mnr", retriever="minilm"), "parameter 'depth' is of task cross and swipe only"), (dict(task="dual", loss="mnr", depth=50), "parameter 'retriever' is of task cross only"),
 ])
 def test_wrong_values_are_refused_in_one_line(data, tmp_path, values, says):
     with pytest.raises(ProjError) as error: CrossTraining(small(data, tmp_path / "run", **values))

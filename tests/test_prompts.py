@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import zscore
@@ -183,6 +183,11 @@ numbers = arrays(np.float64, st.tuples(st.integers(2, 12), st.just(NUMERIC)), el
     st.just(0.0), st.floats(0, 1, width=32, allow_subnormal=False), st.floats(0, 1e6, width=32, allow_subnormal=False), st.integers(0, 5).map(float)))
 
 
+TINY, FOUR = np.zeros((2, NUMERIC)), np.zeros((2, NUMERIC))
+TINY[1, 9], FOUR[1, 9] = 1.17549435e-38, 4  # a spread below which a usual value overflows
+
+
+@example(TINY, FOUR)
 @settings(max_examples=60, deadline=None)
 @given(numbers, numbers)
 def test_the_inverse_gives_the_features_back(train, other):
