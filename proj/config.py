@@ -247,6 +247,16 @@ class TrainConfig(TaskSpec):
     swipe: Annotated[SwipeSpec, Nested] = Field(default_factory=SwipeSpec, description="swipe: keyboard, lexicon, channels, points, synthetic, pretraining, kinds, ...")
     finetuning: Annotated[FinetuningSpec, Nested] = Field(default_factory=FinetuningSpec, description="which weights are trained: method, num_layers, rank, alpha, dropout, ...")
 
+    @property
+    def cut_seed(self) -> int:
+        "Of cutting and drawing the data."
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def shares(self) -> dict[str, float]:
+        "Of each part, where the data is cut here."
+        return dict(train=1 - self.validation_share - self.test_share, validation=self.validation_share, test=self.test_share)
+
 # %% ../nbs/01_config.ipynb #a6d17deb
 def stored(
     config: dict,     # of a run.json
@@ -266,6 +276,11 @@ class EvaluateConfig(Spec):
     device: Device = Field("auto", description="auto is the GPU where there is one")
     exclude_self: bool = Field(False, description="leave out the document that has the query's own id")
     skip_bad: int = Field(0, ge=0, description="bad rows to skip and write to rejects.jsonl before giving up")
+
+    @property
+    def folder(self) -> Path:
+        "Where the figures go."
+        return Path(self.out or Path(self.run) / "evaluations" / Path(self.data or "test").stem)
 
 # %% ../nbs/01_config.ipynb #e5ad709a
 def _listed(value): return [part.strip() for part in value.strip("[] ").split(",") if part.strip()] if isinstance(value, str) else value

@@ -72,6 +72,7 @@ class Evaluation(Figures):
         super().__init__(store.queries["query_id"].to_pylist(), len(store.documents), data, split, seed)
         self.store, self.names, self.details = store, list(metrics), {}
         self.exclude = self._own_documents() if exclude_self else None
+        self.facts = dict(exclude_self=exclude_self)
 
     def _own_documents(self):
         column = {doc_id: i for i, doc_id in enumerate(self.store.documents["doc_id"].to_pylist())}
@@ -141,13 +142,6 @@ def pairs(self: Evaluation) -> list[tuple[str, str]]:
     wanted = [("trained", name) for name in self.values if name not in ("trained", "oracle", "blended")]
     wanted += [("blended", "first_stage"), ("blended", "trained"), ("zero_shot", "bm25"), ("first_stage", "bm25")]
     return [(a, b) for a, b in wanted if a in self.values and b in self.values]
-
-
-@patch
-def metrics(self: Evaluation) -> Summary:
-    "The content of metrics.json; prints itself as a table."
-    found = summarise(self.values, self.query_ids, self.pairs(), seed=self.seed)
-    return Summary(data=self.data, split=self.split, pool=self.pool, exclude_self=self.exclude is not None, **self.facts, **found)
 
 
 @patch

@@ -9,6 +9,7 @@ __all__ = ['FAMILIES', 'METADATA', 'outline', 'described', 'relatives', 'twins',
 # %% ../nbs/82_recommend_parts.ipynb #69554a46
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ class RecommendParts:
     @property
     def models(self) -> list[str]: return [m for m in self.scores.models if m not in set(self.new_models)]
 
-    @property
+    @cached_property
     def outlines(self) -> dict: return {name: outline(tokens) for name, tokens in self.tokens.items()}
 
     def visible(self, datasets, models=None) -> np.ndarray:  # (datasets, models)
@@ -166,7 +167,7 @@ def folds(names, groups: dict, count: int, seed: int = 0) -> list[list[str]]:
 
 def load_recommend(cfg: TrainConfig, rejects=None, zoos=None) -> RecommendParts:
     "The data of a run, cut by data set and by model."
-    spec, seed = cfg.recommend, cfg.seed if cfg.data_seed is None else cfg.data_seed
+    spec, seed = cfg.recommend, cfg.cut_seed
     found = _read(cfg, zoos, rejects)
     scores, alone = found["scores"], {name: name for name in found["scores"].datasets}
     parts = cut(scores.datasets, found["groups"] if spec.groups else alone, dict(test=cfg.test_share, validation=cfg.validation_share), seed)

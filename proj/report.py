@@ -7,8 +7,8 @@ __all__ = ['REPORTS', 'CELLS', 'Page', 'rows_page', 'leaks_line', 'Report', 'hea
 
 # %% ../nbs/54_report.ipynb #44cd1a7c
 import html, os
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 from fastcore.basics import patch
@@ -25,6 +25,7 @@ class Page:
     def __init__(self, text: str, markup: str | None = None): self.text, self.markup = text, markup or f"<pre>{html.escape(text)}</pre>"
     def __repr__(self): return self.text
     def _repr_html_(self): return self.markup
+    def __add__(self, other: "Page") -> "Page": return Page(f"{self.text}\n{other.text}", self.markup + other.markup)
 
 
 def rows_page(
@@ -59,8 +60,7 @@ class Report:
     def __new__(cls, run: Run | str | Path):
         config = (run if isinstance(run, Run) else Run.open(run)).facts["config"]
         if cls is not Report or config["task"] not in REPORTS: return super().__new__(cls)
-        module, name = REPORTS[config["task"]].rsplit(".", 1)
-        return super().__new__(getattr(import_module(module), name))
+        return super().__new__(resolve_name(REPORTS[config["task"]]))
 
     def __init__(self, run: Run | str | Path):
         self.run = run if isinstance(run, Run) else Run.open(run)
@@ -137,6 +137,14 @@ def curve(self: Report, log: bool = False, ax=None):
     evaluations = [(line["step"], line[monitor]) for line in lines if monitor in line]
     steps, values = zip(*losses) if losses else ((), ())
     return learning_curve(steps, np.array(values), evaluations=evaluations, metric=metric_name(monitor), log=log, ax=ax)
+
+
+@patch
+def phase_curve(self: Report, phase: str, ax=None):
+    "The loss of what was trained before the model, on training batches and on what was held out."
+    lines = [line for line in history(self.run) if line.get("phase") == phase and "loss" in line]
+    steps, losses = zip(*[(line["step"], line["loss"]) for line in lines if "learning_rate" in line])
+    return learning_curve(steps, np.array(losses), evaluations=[(line["step"], line["loss"]) for line in lines if "learning_rate" not in line], metric="loss", ax=ax)
 
 
 @patch

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from .config import RouterSpec, TrainConfig
-from .core import ConfigError, DataError, GateError, log, rng
+from .core import ConfigError, DataError, log, rng
 from .data.comparisons import Comparisons, Outcomes, Scored, filter_comparisons, from_scored, read_comparisons, read_outcomes, split_comparisons
+from .data.guard import guard_counts
 from .data.sources import find_data, part_files
 from .data.split import near_duplicate_keys, without
 
@@ -68,12 +69,11 @@ def read_routing(path, spec: RouterSpec, **kw) -> Comparisons | Outcomes:
 # %% ../nbs/79_router_parts.ipynb #9f3d1622
 def load_routing(cfg: TrainConfig, rejects=None) -> RouterParts:
     "The data of a run, cut by groups of prompts."
-    seed, spec, about = cfg.seed if cfg.data_seed is None else cfg.data_seed, cfg.router, {}
-    shares = dict(train=1 - cfg.validation_share - cfg.test_share, validation=cfg.validation_share, test=cfg.test_share)
+    seed, spec, about = cfg.cut_seed, cfg.router, {}
     read = dict(skip_bad=cfg.skip_bad, rejects=rejects)
     if cfg.data == "retrievers":
         (whole, about), where = retriever_table(cfg.max_pairs), "made on the spot"
-        parts = split_comparisons(whole, shares, seed)
+        parts = split_comparisons(whole, cfg.shares, seed)
     else:
         where = find_data(cfg.data)
         if isinstance(where, str): raise ConfigError(f"data '{cfg.data}' is of other tasks; task router takes retrievers, a file or a folder of comparisons or outcomes")
@@ -81,7 +81,7 @@ def load_routing(cfg: TrainConfig, rejects=None) -> RouterParts:
         if "train" not in files: raise DataError(f"{where}: no train file; a router needs comparisons to learn from")
         parts = {part: read_routing(file, spec, **read) for part, file in files.items()}
         if "test" not in parts or "validation" not in parts:
-            parts |= split_comparisons(parts["train"], without(shares, parts), seed)
+            parts |= split_comparisons(parts["train"], without(cfg.shares, parts), seed)
     parts["train"] = same_models(some_prompts(parts["train"], cfg.max_pairs, seed), spec)
     for name in ("validation", "test"): parts[name] = known_models(some_prompts(parts[name], cfg.max_queries, seed), parts["train"].models, name)
     return RouterParts(cfg.data, str(where), parts["train"], parts["validation"], parts["test"], about)
@@ -119,12 +119,13 @@ def known_models(data, models: list[str], part: str):
         found = replace(data, models=list(models), scores=scores, costs=costs)
         keep = np.isfinite(scores).sum(1) > 1
     else:
-        place = np.array([models.index(name) if name in models else -1 for name in data.models])
+        def place_of(data): return np.array([models.index(name) if name in models else -1 for name in data.models])
+        place = place_of(data)
         known = (place[data.first] >= 0) & (place[data.second] >= 0)
         if not known.all():
             log.info("%s: %d of %d comparisons are with models that training does not know", part, int((~known).sum()), len(known))
             data = data._kept(known)
-            place = np.array([models.index(name) if name in models else -1 for name in data.models])
+            place = place_of(data)
         return replace(data, models=list(models), first=place[data.first], second=place[data.second])
     if not keep.any(): raise DataError(f"no prompt of the {part} part has the scores of two models that training knows ({', '.join(models[:5])})")
     return found if keep.all() else found.take(keep)
@@ -137,9 +138,4 @@ def guard_routing(parts: RouterParts, allow_leak: bool = False) -> dict:
     ends = np.cumsum([0, *(len(part.prompts) for part in data.values())])
     own = {name: keys[a:b] for name, a, b in zip(data, ends, ends[1:])}
     leaks = {name: int(np.isin(own[name], own["train"]).sum()) for name in ("validation", "test")}
-    found = {f"prompts of {name}": n for name, n in leaks.items() if n}
-    if found:
-        message = ", ".join(f"{n:,} {what} are training prompts too" for what, n in found.items())
-        if not allow_leak: raise GateError(f"{parts.name}: {message}; take them out of one of the parts, or set allow_leak=true to train all the same")
-        log.warning("%s: %s", parts.name, message)
-    return dict(leaks=found, leaking_queries=leaks, allowed=allow_leak)
+    return guard_counts(parts.name, "prompts", leaks, allow_leak)

@@ -77,7 +77,7 @@ def load_parts(
     rejects=None,      # file for bad rows
 ) -> Parts:
     "The data of a run, cut as the run cuts it."
-    seed = cfg.seed if cfg.data_seed is None else cfg.data_seed
+    seed = cfg.cut_seed
     parts = load_data(cfg.data, validation_share=cfg.validation_share, test_share=cfg.test_share, max_pairs=cfg.max_pairs, seed=seed,
                       skip_bad=cfg.skip_bad, rejects=rejects)
     return Parts(parts.name, parts.origin, parts.train, *(some_queries(part, cfg.max_queries, seed) for part in (parts.validation, parts.test)))

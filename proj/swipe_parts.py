@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from .config import TrainConfig
-from .core import ConfigError, DataError, GateError, log, rng, sha256_json
+from .core import ConfigError, DataError, rng, sha256_json
+from .data.guard import guard_counts
 from .data.keyboards import Keyboard, find_keyboard
 from .data.sources import find_data
 from .data.split import without
@@ -92,11 +93,10 @@ def beside(folder: Path, given: str | None, name: str, otherwise: str) -> str:
 
 def load_swipes(cfg: TrainConfig, rejects=None) -> SwipeParts:
     "The data of a run, cut by word."
-    spec, seed = cfg.swipe, cfg.seed if cfg.data_seed is None else cfg.data_seed
-    shares = dict(train=1 - cfg.validation_share - cfg.test_share, validation=cfg.validation_share, test=cfg.test_share)
+    spec, seed = cfg.swipe, cfg.cut_seed
     if cfg.data == "synthetic":
         keyboard, lexicon = find_keyboard(spec.keyboard or "qwerty"), find_lexicon(spec.lexicon or "reference")
-        parts, where = made_on_the_spot(keyboard, lexicon.on(keyboard), shares, spec.synthetic, seed), "made on the spot"
+        parts, where = made_on_the_spot(keyboard, lexicon.on(keyboard), cfg.shares, spec.synthetic, seed), "made on the spot"
     else:
         where = find_data(cfg.data)
         if isinstance(where, str): raise ConfigError(f"data '{cfg.data}' is of other tasks; task swipe takes synthetic, a file or a folder of swipes")
@@ -105,7 +105,7 @@ def load_swipes(cfg: TrainConfig, rejects=None) -> SwipeParts:
         lexicon, parts = find_lexicon(beside(folder, spec.lexicon, "vocab.tsv", "reference")), {}
         for name, file in swipe_files(where).items():
             parts[name] = read_swipes(file, keyboard, two_fingers=spec.two_fingers, skip_bad=cfg.skip_bad, rejects=rejects)
-        if "test" not in parts or "validation" not in parts: parts |= split_swipes(parts["train"], without(shares, parts), seed)
+        if "test" not in parts or "validation" not in parts: parts |= split_swipes(parts["train"], without(cfg.shares, parts), seed)
     for name in ("validation", "test"): parts[name] = some_swipes(parts[name], cfg.max_queries, seed)
     return SwipeParts(cfg.data, str(where), keyboard, lexicon.on(keyboard), some_swipes(parts["train"], cfg.max_pairs, seed), parts["validation"], parts["test"])
 
@@ -129,9 +129,4 @@ def guard_swipes(parts: SwipeParts, allow_leak: bool = False) -> dict:
     leaks = {name: sum(s.path.tobytes() in seen for s in swipes) for name, swipes in parts.parts()[1:]}
     words = {s.word for s in parts.train}
     shared = {name: len({s.word for s in swipes} & words) for name, swipes in parts.parts()[1:]}
-    found = {f"paths of {name}": n for name, n in leaks.items() if n}
-    if found:
-        message = ", ".join(f"{n:,} {what} are training paths too" for what, n in found.items())
-        if not allow_leak: raise GateError(f"{parts.name}: {message}; take them out of one of the parts, or set allow_leak=true to train all the same")
-        log.warning("%s: %s", parts.name, message)
-    return dict(leaks=found, leaking_queries=leaks, shared_words=shared, allowed=allow_leak)
+    return guard_counts(parts.name, "paths", leaks, allow_leak) | dict(shared_words=shared)

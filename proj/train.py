@@ -8,8 +8,8 @@ __all__ = ['TASKS', 'RESULTS', 'training', 'Training', 'fit']
 # %% ../nbs/61_train.ipynb #b2bd2436
 import os, shutil
 from functools import partial
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 from fastcore.basics import patch
@@ -30,7 +30,7 @@ from .metrics import compute, metric_name
 from .report import Report, head, rows_page, write_report
 from .run import Run, finish, log_step, step
 from .start import begin, load_parts, same_parameters, same_start
-from .trainer import check_report_to, history_callback, text_trainer, trainer_arguments, validation
+from .trainer import callbacks_of, check_report_to, text_trainer, trainer_arguments, validation
 
 # %% ../nbs/61_train.ipynb #d1901edf
 TASKS = dict(dual="proj.tasks.dual.DualTraining", cross="proj.tasks.cross.CrossTraining", swipe="proj.tasks.swipe.SwipeTraining", router="proj.tasks.router.RouterTraining",
@@ -40,8 +40,7 @@ TASKS = dict(dual="proj.tasks.dual.DualTraining", cross="proj.tasks.cross.CrossT
 def training(cfg: TrainConfig, command: str = "proj.fit", **kw) -> "Training":
     "The training of a config's task; further arguments are the task's."
     task = same_parameters(cfg, cfg.out).task if cfg.resume and cfg.out and Path(cfg.out, "run.json").is_file() else cfg.task
-    module, name = named("task", task, TASKS).rsplit(".", 1)
-    return getattr(import_module(module), name)(cfg, command, **kw)
+    return resolve_name(named("task", task, TASKS))(cfg, command, **kw)
 
 # %% ../nbs/61_train.ipynb #cb7db5e0
 class Training:
@@ -128,8 +127,6 @@ def validate(self: Training) -> np.ndarray:
 def trainer(self: Training):
     "The trainer over the rendered rows, with our batches, validation and history."
     from datasets import Dataset
-    from transformers import EarlyStoppingCallback
-    from transformers.trainer_callback import PrinterCallback
     cfg, library = self.cfg, self.library()
     rows = self.rows()
     lengths, keys = self.measures(rows)
@@ -137,13 +134,10 @@ def trainer(self: Training):
     args = trainer_arguments(cfg, self.run / "checkpoints", sampler, self.device, self.precision, library.training_args_class, self.evaluations)
     self.run.update(rows=len(lengths), batch_size=sampler.rows, steps=args.max_steps, tokens_an_epoch=int(lengths.sum()),
                     padding_share=round(padding_share(lengths, sampler.batches()), 4))
-    callbacks = [history_callback(self.run, self.monitor)] + ([EarlyStoppingCallback(cfg.early_stopping)] if cfg.early_stopping else [])
+    callbacks = callbacks_of(self.run, cfg, self.monitor)
     if cfg.negatives.refresh_every: callbacks.append(refresh_callback(self.rounds, cfg.warmup, partial(log_step, self.run)))
-    made = text_trainer(library, sampler, self.run, 2 if cfg.keep == "best" else None, self.rounds)(
-        model=self.encoder.model, args=args, train_dataset=Dataset.from_dict(rows), loss=self.loss(), callbacks=callbacks, evaluator=validation(self.validate, self.monitor))
-    made.remove_callback(PrinterCallback)
-    made.moved_by = cfg.optimizer
-    return made
+    return text_trainer(library, sampler, self.run, 2 if cfg.keep == "best" else None, self.rounds)(
+        model=self.encoder.model, args=args, train_dataset=Dataset.from_dict(rows), loss=self.loss(), callbacks=callbacks, evaluator=validation(self.validate, self.monitor), moved_by=cfg.optimizer)
 
 # %% ../nbs/61_train.ipynb #25138284
 @patch

@@ -55,7 +55,7 @@ def _trained_with(folder: Path) -> TrainConfig | None:
 def evaluate(cfg: EvaluateConfig) -> Evaluation:
     "A trained model, the encoder it came from and BM25 on one data set; writes metrics.json and ledger.parquet to `out`."
     if other := of_task(cfg.run): return other.evaluate_run(cfg)
-    folder, out = Path(cfg.run), Path(cfg.out or Path(cfg.run) / "evaluations" / Path(cfg.data or "test").stem)
+    folder, out = Path(cfg.run), cfg.folder
     encoder, trained_with = load_model(folder, cfg.device, cfg.precision), _trained_with(folder)
     if isinstance(encoder, CrossEncoder):
         first = trained_with or TrainConfig(task="cross")

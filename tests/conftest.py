@@ -31,3 +31,21 @@ def proj_cli(tmp_path):
         return subprocess.run([sys.executable, "-m", "proj.cli", *map(str, arguments)], cwd=cwd, env={**os.environ, **(env or {})},
                               capture_output=True, text=True, timeout=timeout)
     return run
+
+
+@pytest.fixture
+def halt():
+    "Interrupt a training one step after a checkpoint: halt(training), or halt(training, 'pretraining') in a phase before the model's own."
+    def halt(training, phase=None):
+        from transformers import TrainerCallback
+        before = training._run
+
+        class Halt(TrainerCallback):
+            def on_step_end(self, args, state, control, **kw):
+                if state.global_step == args.save_steps + 1: raise KeyboardInterrupt
+
+        def halted(made, now=None):
+            if now == phase: made.add_callback(Halt())
+            return before(made, now)
+        training._run = halted
+    return halt

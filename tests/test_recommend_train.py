@@ -96,22 +96,11 @@ def test_the_saved_model_says_the_same(run, this, tmp_path):
         load_recommender(tmp_path / "model")
 
 
-def test_a_run_goes_on_in_either_phase(this, cache, tmp_path):
+def test_a_run_goes_on_in_either_phase(this, cache, tmp_path, halt):
     "Stopped in the first phase, in a fold, and in the last; the weights and the history are those of the run that was not."
     for stop in ("weights", "fold-1", None):
         new = training(config(cache, tmp_path / "run", resume="auto", recommend=dict(folds=2)))
-        before = new._run
-
-        def halted(made, phase=None, before=before, stop=stop):
-            if phase == stop:
-                from transformers import TrainerCallback
-
-                class Halt(TrainerCallback):
-                    def on_step_end(self, args, state, control, **kw):
-                        if state.global_step == args.save_steps + 1: raise KeyboardInterrupt
-                made.add_callback(Halt())
-            return before(made, phase)
-        new._run = halted
+        halt(new, stop)
         with pytest.raises(KeyboardInterrupt): new.train()
         new.run.release()
     new = training(config(cache, tmp_path / "run", resume="auto", recommend=dict(folds=2)))

@@ -12,7 +12,7 @@ from proj.manifest import check_manifest
 from proj.metrics import read_ledger
 from proj.report import Report
 from proj.run import history
-from proj.tasks.router import RouterItems, Wish, calibrated, load_run, rank_run, route_run
+from proj.tasks.router import RouterItems, Wish, load_run, rank_run, route_run
 from proj.train import training
 from proj.use import evaluate
 
@@ -99,7 +99,7 @@ def test_rao_kupper_learns_how_wide_ties_are(data, tmp_path):
     this.run.release()
 
 
-def test_votes_train_too_and_a_router_goes_on(tmp_path):
+def test_votes_train_too_and_a_router_goes_on(tmp_path, halt):
     "Killed after a checkpoint, it ends with the bits of the run that was not."
     rows = [dict(prompt=r["prompt"], model_a="coder", model_b="cook", winner="model_a" if r["scores"]["coder"] else "model_b", judge="x") for r in outcomes(120)]
     votes = write(tmp_path / "votes.jsonl", rows)
@@ -107,18 +107,7 @@ def test_votes_train_too_and_a_router_goes_on(tmp_path):
     assert plain.shape == "votes" and plain.monitor == "pairwise_accuracy"
     plain.train()
     halted = training(config(votes, tmp_path / "halted", loss="margin_ranking", dropout=0.1, resume="auto"))
-    made_by = halted.trainer
-
-    def trainer():
-        from transformers import TrainerCallback
-
-        class Halt(TrainerCallback):
-            def on_step_end(self, args, state, control, **kw):
-                if state.global_step == args.save_steps + 1: raise KeyboardInterrupt
-        made = made_by()
-        made.add_callback(Halt())
-        return made
-    halted.trainer = trainer
+    halt(halted)
     with pytest.raises(KeyboardInterrupt): halted.train()
     halted.run.release()
     again = training(config(votes, tmp_path / "halted", loss="margin_ranking", dropout=0.1, resume="auto"))
@@ -149,7 +138,7 @@ def test_choosing_keeps_to_the_wish(run):
     cheap, _ = route_run(run.folder, prompts, Wish(budget=2.0), device="cpu")
     assert cheap.costs.mean() <= 2.0 and len(free) == 60
     few, promise = route_run(run.folder, prompts, Wish(share=0.25), device="cpu")
-    assert promise.share <= 0.25 and set(few.models) <= {promise_model for promise_model in calibrated(run.folder, Wish(share=0.25))[1:]}
+    assert promise.share <= 0.25 and set(few.models) <= {read_json(run / "calibration.json")[side] for side in ("strong", "weak")}
     _, promise = route_run(run.folder, prompts, Wish(max_loss=0.3), device="cpu")
     assert "0.3" in promise.guarantee or "30" in promise.guarantee
     with pytest.raises(ConfigError, match="give one of them"): route_run(run.folder, prompts, Wish(budget=2.0, share=0.5), device="cpu")

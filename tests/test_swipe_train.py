@@ -79,22 +79,11 @@ def test_the_saved_model_scores_as_measured(run, words):
     assert again["systems"] == {name: figures for name, figures in read_json(run / "metrics.json")["systems"].items()}
 
 
-def test_a_run_goes_on_in_either_phase(run, words, tmp_path):
+def test_a_run_goes_on_in_either_phase(run, words, tmp_path, halt):
     "Stopped in the first phase, and again in the second; the weights and the history are those of the run that was not."
     for stop in ("pretraining", None):
         this = training(config(words, tmp_path / "run", resume="auto"))
-        before = this._run
-
-        def halted(made, phase=None, before=before, stop=stop):
-            if phase == stop:
-                from transformers import TrainerCallback
-
-                class Halt(TrainerCallback):
-                    def on_step_end(self, args, state, control, **kw):
-                        if state.global_step == args.save_steps + 1: raise KeyboardInterrupt
-                made.add_callback(Halt())
-            return before(made, phase)
-        this._run = halted
+        halt(this, stop)
         with pytest.raises(KeyboardInterrupt): this.train()
         this.run.release()
     this = training(config(words, tmp_path / "run", resume="auto"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'APART', 'GUESSED', 'Texts', 'texts_of', 'equal_pairs', 'text_pairs', 'Leak', 'write_leaks', 'Leaks',
-           'straddling_groups', 'find_leaks', 'decontaminate', 'label_conflicts', 'guard']
+           'straddling_groups', 'find_leaks', 'decontaminate', 'label_conflicts', 'guard', 'guard_counts']
 
 # %% ../../nbs/18_data.guard.ipynb #2bc7454a
 import json
@@ -234,3 +234,18 @@ def guard(
         log.warning("%s", message)
     return dict(leaks=leaks.counts(), leaking_queries={name: int(leaks.affected(name).sum()) for name in parts}, shared_documents=leaks.shared,
                 conflicting_labels=kinds["conflicting label"], false_negatives=kinds["false negative"], allowed=allow_leak)
+
+# %% ../../nbs/18_data.guard.ipynb #22103e05
+def guard_counts(
+    data: str,            # name, for the message
+    noun: str,            # what is counted: "paths", "prompts"
+    leaks: dict,          # part -> how many of it stand in the training part too
+    allow_leak: bool = False,
+) -> dict:                # counts for run.json
+    "Refuse parts that leak into the training part."
+    found = {f"{noun} of {part}": n for part, n in leaks.items() if n}
+    if found:
+        message = ", ".join(f"{n:,} {what} are training {noun} too" for what, n in found.items())
+        if not allow_leak: raise GateError(f"{data}: {message}; take them out of one of the parts, or set allow_leak=true to train all the same")
+        log.warning("%s: %s", data, message)
+    return dict(leaks=found, leaking_queries=leaks, allowed=allow_leak)

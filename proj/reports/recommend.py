@@ -13,10 +13,9 @@ from fastcore.basics import patch
 
 from ..compare import figure_text
 from ..core import read_json
-from ..plot import learning_curve, new_axes
+from ..plot import new_axes
 from ..recommending import OverDataSets, rank_heat_map
 from ..report import Page, Report, rows_page
-from ..run import history
 
 # %% ../../nbs/84_reports.recommend.ipynb #1dc325be
 SHOWN = ("spearman", "weighted_tau", "top@1in5", "regret@1", "regret@3", "regret@5")
@@ -35,7 +34,7 @@ class RecommendReport(Report):
         phases = {name: facts for name, facts in f.get("phases", {}).items() if not name.startswith("fold-")}
         for name, facts in phases.items(): rows.append((name, f"autoencoder, {facts['rows']:,} models, {facts['steps']:,} steps, batch {facts['batch_size']}" + (f"; best step {facts['best']['step']:,}, loss {facts['best']['loss']:.4f} on held-out models" if "best" in facts else "")))
         if n := len(f.get("phases", {})) - len(phases): rows.append(("folds", f"{n} more rankers, each without the data sets of its fold"))
-        return Page(f"{super().what()}\n{rows_page(rows)}", super().what()._repr_html_() + rows_page(rows)._repr_html_()) if rows else super().what()
+        return super().what() + rows_page(rows) if rows else super().what()
 
     def some(self, found: dict, metrics=SHOWN) -> OverDataSets:
         def few(table): return {name: {m: figures[m] for m in metrics if m in figures} for name, figures in table.items()}
@@ -82,9 +81,7 @@ def heat(self: RecommendReport, ax=None):
 @patch
 def coding(self: RecommendReport, ax=None):
     "The autoencoder's loss."
-    lines = [line for line in history(self.run) if line.get("phase") == "weights"]
-    steps, losses = zip(*[(line["step"], line["loss"]) for line in lines if "error" in line])
-    return learning_curve(steps, np.array(losses), evaluations=[(line["step"], line["loss"]) for line in lines if "error" not in line and "loss" in line], metric="loss", ax=ax)
+    return self.phase_curve("weights", ax)
 
 
 @patch

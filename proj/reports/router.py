@@ -15,7 +15,7 @@ from ..compare import figure_text
 from ..core import read_json
 from ..report import Page, Report, head, rows_page
 from ..routing import cost_quality_plane
-from ..thresholds import loss_threshold, share_threshold
+from ..thresholds import calibrated
 
 # %% ../../nbs/81_reports.router.ipynb #f9e4dd34
 SHOWN = ("apgr", "cpt@50", "cpt@80", "aiq", "mean_score", "regret", "pairwise_accuracy")
@@ -32,7 +32,7 @@ class RouterReport(Report):
         f, data = self.facts_, self.facts_["data"]
         rows = [("models", ", ".join(f"{name} ({cost:.4g})" for name, cost in f.get("costs", {}).items()) + ", with their mean cost")] if "costs" in f else []
         if "milliseconds" in data.get("about", {}): rows.append(("measured", ", ".join(f"{name} {ms:g} ms a query" for name, ms in data["about"]["milliseconds"].items()) + f"; costs in {data['about']['cost']}"))
-        return Page(f"{super().what()}\n{rows_page(rows)}", super().what()._repr_html_() + rows_page(rows)._repr_html_()) if rows else super().what()
+        return super().what() + rows_page(rows) if rows else super().what()
 
     def results(self) -> Page:
         "Routers down, figures across: there are more routers than figures."
@@ -44,7 +44,6 @@ class RouterReport(Report):
         page = rows_page([(name.replace("_", " "), *(cell(systems[name].get(m)) for m in shown)) for name in order], head=("router", *shown))
         notes = [f"{n:,} prompts, {self.metrics['pool']} models; [95 % interval over prompts]. Strong: {self.metrics['strong']}, weak: {self.metrics['weak']}.", *self.metrics.get("notes", [])]
         return Page("\n".join([str(page), *notes]), page._repr_html_() + "".join(f"<p>{note}</p>" for note in notes))
-
 
     def results_figure(self, metric: str | None = None, ax=None):
         ax = super().results_figure(metric, ax)
@@ -84,10 +83,9 @@ def thresholds(self: RouterReport) -> Page:
     "What a few promises cost."
     c = read_json(self.run / "calibration.json")
     if not c["score"]: return Page("No strong and weak model with known quality: nothing to calibrate.")
-    width = max(1.0, float(np.abs(c["gain"]).max()))
-    rows = [(f"at most {share:.0%} of the calls to {c['strong']}", f"{(t := share_threshold(c['score'], share)).value:.4f}", f"{t.share:.1%}") for share in (0.1, 0.25, 0.5)]
-    rows += [(f"lose at most {most:g} of quality, with probability .9", f"{(t := loss_threshold(c['score'], c['gain'], c['grid'], most, 0.1, width)).value:.4f}", f"{t.share:.1%}") for most in (0.02, 0.05, 0.1)]
-    return rows_page(rows, head=("promise", "threshold", f"share to {c['strong']} on {len(c['score']):,} validation prompts"))
+    promises = [(f"at most {share:.0%} of the calls to {c['strong']}", calibrated(c, share=share)) for share in (0.1, 0.25, 0.5)]
+    promises += [(f"lose at most {most:g} of quality, with probability .9", calibrated(c, max_loss=most)) for most in (0.02, 0.05, 0.1)]
+    return rows_page([(promise, f"{t.value:.4f}", f"{t.share:.1%}") for promise, t in promises], head=("promise", "threshold", f"share to {c['strong']} on {len(c['score']):,} validation prompts"))
 
 # %% ../../nbs/81_reports.router.ipynb #e54dacb6
 @patch

@@ -15,9 +15,8 @@ from ..core import read_json
 from ..compare import figure_text
 from ..data.keyboards import path_plot, read_keyboard
 from ..decoding import confusion_plot
-from ..plot import learning_curve, new_axes
+from ..plot import new_axes
 from ..report import Page, Report, rows_page
-from ..run import history
 
 # %% ../../nbs/78_reports.swipe.ipynb #f885ffd1
 class SwipeReport(Report):
@@ -31,7 +30,7 @@ class SwipeReport(Report):
         for name, facts in f.get("phases", {}).items(): rows.append((name, f"{facts['steps']:,} steps, batch {facts['batch_size']}" + (f"; best step {facts['best']['step']:,}, held-out loss {facts['best']['loss']:.4f}" if "best" in facts else "")))
         if "blend" in f: rows.append(("blend", f"frequency {f['blend']['frequency']:g} keyboard widths a Zipf step, cross-encoder {f['blend']['reranker']:g} a point, chosen on the validation paths"))
         if "speed" in f: rows.append(("speed", f"{f['speed']['milliseconds_a_word']:g} ms a word ({f['speed']['milliseconds_templates']:g} templates alone); {f['speed']['pairs_a_second']['grouped']:g} pairs a second, {f['speed']['pairs_a_second']['one_by_one']:g} one by one; {f['speed']['threads']} threads"))
-        return Page(f"{super().what()}\n{rows_page(rows)}", super().what()._repr_html_() + rows_page(rows)._repr_html_()) if rows else super().what()
+        return super().what() + rows_page(rows) if rows else super().what()
 
     def results(self, metrics=("top@1", "top@3", "top@4", "top@5", "mrr")): return super().results(metrics)
 
@@ -92,11 +91,8 @@ def confusions(self: SwipeReport, ax=None):
 
 @patch
 def pretraining(self: SwipeReport, ax=None):
-    "The loss of the first phase and its parts."
-    lines = [line for line in history(self.run) if line.get("phase") == "pretraining"]
-    steps, losses = zip(*[(line["step"], line["loss"]) for line in lines if "character" in line])
-    held = [(line["step"], line["loss"]) for line in lines if "character" not in line and "loss" in line]
-    return learning_curve(steps, np.array(losses), evaluations=held, metric="loss", ax=ax)
+    "SwipeLoss."
+    return self.phase_curve("pretraining", ax)
 
 
 @patch
