@@ -86,6 +86,7 @@ def route_verb(arguments: list[str]):
     parser = _parser("route", "Which language model for a prompt; without a wish, the one with the highest score.")
     parser.add_argument("run", help="a run of task router")
     parser.add_argument("prompts", nargs="+", help="what is to be answered; several prompts share a budget")
+    parser.add_argument("--category", help="of the prompts, for a run with --router.base category")
     parser.add_argument("--budget", type=float, help="mean cost of a prompt, at most, in the unit of the run's costs")
     parser.add_argument("--threshold", type=float, help="the strong model where it is ahead by so much, otherwise the weak one")
     parser.add_argument("--share", type=float, help="at most this share of the calls to the strong model: the threshold is calibrated on the run's validation prompts")
@@ -97,7 +98,7 @@ def route_verb(arguments: list[str]):
     if Run.open(given.run).facts["config"]["task"] != "router": raise ConfigError(f"{given.run} is no run of task router; `proj list runs` shows what there is")
     from proj.report import head, rows_page
     from proj.tasks.router import Wish, route_run
-    routes, promise = route_run(given.run, given.prompts, Wish(given.budget, given.threshold, given.share, given.max_loss, given.delta))
+    routes, promise = route_run(given.run, given.prompts, Wish(given.budget, given.threshold, given.share, given.max_loss, given.delta), category=given.category)
     print(rows_page([(model, f"{score:.4f}", head(prompt, 80)) for model, score, prompt in zip(routes.models, routes.scores, given.prompts)], head=("model", "score", "prompt")))
     print(f"\n{routes}")
     if promise: print(f"\n{promise}")

@@ -159,7 +159,7 @@ class RouterSpec(Spec):
     head: Literal["product", "concat"] = Field("product", description="product of prompt and model, or both one behind the other")
     hidden_dims: list[int] = Field([256, 128], min_length=1, description="widths of the head's hidden layers")
     features: bool = Field(True, description="44 numbers about the prompt beside its embedding")
-    base: Literal["none", "bradley_terry"] = Field("none", description="what the scores begin with: nothing, or the models' strength without the prompt")
+    base: Literal["none", "bradley_terry", "category"] = Field("none", description="what the scores begin with: nothing, the models' strength without the prompt, or their strength in the prompt's category")
     balanced: bool = Field(False, description="rare models are drawn as often as frequent ones")
     ties: Literal["keep", "drop"] = Field("keep", description="comparisons without a winner")
     both_bad: Literal["keep", "drop"] = Field("drop", description="comparisons where neither answer was any good")

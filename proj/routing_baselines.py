@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRIOR', 'NEIGHBOURS', 'MOST_OUTCOMES', 'BASELINES', 'RouterRows', 'quality_of', 'Strengths', 'bradley_terry', 'means',
            'always', 'random', 'cheapest', 'best_single', 'strongest', 'oracle', 'category_prior', 'unit',
-           'nearest_prompts', 'Features', 'ridge', 'joint_logistic', 'Baseline', 'lacking', 'fit_baselines']
+           'nearest_prompts', 'category_strengths', 'Features', 'ridge', 'joint_logistic', 'Baseline', 'lacking',
+           'fit_baselines']
 
 # %% ../nbs/72_routing_baselines.ipynb #0ae87c6f
 from dataclasses import dataclass, replace
@@ -72,6 +73,7 @@ def bradley_terry(
     comparisons,        # rows, firsts, seconds, labels, each (c,)
     models: int,
     ties: str = "half", # half, rao_kupper
+    weights=None,       # (c,) of the comparisons; 1 when not given
 ) -> Strengths:
     "The strength of each model, whatever the prompt."
     from scipy.optimize import minimize
@@ -79,10 +81,10 @@ def bradley_terry(
     named("ties", ties, dict(half=0, rao_kupper=0))
     _, first, second, label = (np.asarray(part, int) for part in comparisons)
     if not len(label): raise DataError("no comparisons; Bradley-Terry needs one at least")
+    weights = np.ones(len(label)) if weights is None else np.asarray(weights, np.float64)
     wins, drawn = np.zeros((2, models, models))
     for a, b, sign in ((first, second, 1), (second, first, -1)):
-        np.add.at(wins, (a[label == sign], b[label == sign]), 1)
-        np.add.at(drawn, (a[label == 0], b[label == 0]), 1)
+        for counts, which in ((wins, label == sign), (drawn, label == 0)): np.add.at(counts, (a[which], b[which]), weights[which])
     threshold = ties == "rao_kupper" and drawn.any()
     wins, tied = wins + (drawn if threshold else drawn / 2), drawn.sum() / 2
     def loss(x):
@@ -143,6 +145,17 @@ def nearest_prompts(train, cost, seed):
         count = known[near].sum(1)
         return np.where(count > 0, filled[near].sum(1) / np.maximum(count, 1), overall)
     return lambda rows: np.concatenate([score(rows.vectors[i:i + 1_000]) for i in range(0, len(rows), 1_000)])
+
+# %% ../nbs/72_routing_baselines.ipynb #eb2263dd
+def category_strengths(
+    comparisons,         # rows, firsts, seconds, labels, each (c,)
+    category,            # (p,) labels, None where unknown
+    models: int,
+) -> dict:               # label -> (m,) log-strengths
+    "Bradley-Terry in each category, where all prompts together count as 40 more."
+    category = np.array([str(label) if label is not None else "" for label in category], object)
+    mine, others = category[np.asarray(comparisons[0], int)], PRIOR / max(len(category), 1)
+    return {label: bradley_terry(comparisons, models, weights=others + (mine == label)).models for label in sorted(set(mine) - {""})}
 
 # %% ../nbs/72_routing_baselines.ipynb #55c0cb34
 class Features:

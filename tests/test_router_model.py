@@ -63,7 +63,7 @@ def naive(model, features=None):
             if model.options["head"] == "concat": x = model.head.first(torch.cat([prompt, m]))
             else: x = model.head.first((prompt if isinstance(model.head.project, nn.Identity) else model.head.project(prompt)) * m)
             for layer in list(model.head.rest)[2::3]: x = layer(torch.where(x > 0, x, 0.1 * x))
-            grid[i, j] = model.base[j] + x[0]
+            grid[i, j] = model.base[0, j] + x[0]
     return grid
 
 
@@ -102,6 +102,28 @@ def test_scores_stay_inside_and_base_decides_an_idle_head(tiny):
     scores = r.score(TEXTS)
     assert scores.dtype == np.float32 and (np.abs(scores) < 1).all() and np.allclose(scores, np.tanh([[-40, 0.25, 40]]), atol=1e-6)
     assert r.rank("sort").ids == ["small", "medium", "large"]
+
+
+def test_each_category_has_its_own_base(tiny, caplog):
+    "One row a prompt, in logits, in a batch with some of the models, and in what is derived from them."
+    strengths = {"maths": [3.0, 0, -3], "law": [0.0, 7, 0]}
+    r, plain = router(tiny, base=[1.0, 1, 2], categories=strengths), router(tiny)
+    kinds = ["law", None, "maths", "law", "maths", None]
+    added = np.array([dict(strengths, **{"": [1.0, 1, 2]})[kind or ""] for kind in kinds])
+    assert np.allclose(r.logits(TEXTS, categories=kinds), plain.logits(TEXTS) + added, atol=1e-5)
+    assert np.allclose(r.logits(TEXTS, ["small", "large"], categories=kinds), (plain.logits(TEXTS) + added)[:, [2, 0]], atol=1e-5)
+    assert np.allclose(r.logits(TEXTS[:1] * 3, categories=["law", "maths", "law"]), plain.logits(TEXTS[:1]) + [strengths[k] for k in ("law", "maths", "law")], atol=1e-5)
+    rows = [["large", "small"], ["medium"], ["small", "medium"], ["small"], ["large"], ["medium", "large"]]
+    batch = r.model.collate(TEXTS, models=rows, categories=kinds)
+    with torch.no_grad(): some = r.model(batch).numpy()
+    every = plain.logits(TEXTS) + added
+    for i, row in enumerate(rows): assert np.allclose(some[i, :len(row)], [every[i, NAMES.index(name)] for name in row], atol=1e-5)
+    assert r.route(["sort"], categories=["law"]).models == ["medium"] and r.route(["sort"], categories=["maths"]).models == ["large"]
+    with caplog.at_level("WARNING", "proj"): assert np.allclose(r.logits(TEXTS, categories=["physics"] * 6), plain.logits(TEXTS) + [1, 1, 2], atol=1e-5)
+    assert "category 'physics' was never seen in training" in caplog.text
+    for call in (lambda: plain.logits(TEXTS, categories=kinds), lambda: r.logits(TEXTS, categories=kinds[:2]), lambda: r.model.collate(TEXTS, categories=kinds[:2])):
+        with pytest.raises(ProjError, match="knows no categories|2 categories for 6 prompts|6 prompts but 2 rows of categories") as error: call()
+        one_line(error)
 
 
 def test_the_head_is_fp32_under_autocast(tiny):
@@ -421,7 +443,7 @@ def test_muon_moves_the_encoders_matrices_only(bert):
 
 # ---- saved and loaded
 
-@pytest.mark.parametrize("options", [dict(), dict(head="product", features=4, base=[1, 2, 3]), dict(vectors=np.eye(3)), dict(vectors=np.eye(3), frozen=False, hidden_dims=[3], features=4)])
+@pytest.mark.parametrize("options", [dict(), dict(head="product", features=4, base=[1, 2, 3]), dict(base=[1, 2, 3], categories={"law": [3, 2, 1]}), dict(vectors=np.eye(3)), dict(vectors=np.eye(3), frozen=False, hidden_dims=[3], features=4)])
 def test_saved_and_loaded(options, bert, tmp_path):
     model = make(bert, **options)
     first = Router(model, {"columns": [{"mean": 0.5, "kind": "log"}]}, precision="fp32")
@@ -506,7 +528,7 @@ def test_a_flipped_bit_is_seen(tiny, tmp_path):
     (dict(names=[]), "names is '[]'"), (dict(names="large"), "names is 'large'"), (dict(names=["a", "a"]), "'a' twice"), (dict(names=["a", ""]), "names is"), (dict(names=["a", 3]), "names is"),
     (dict(head="sum"), "unknown head 'sum'"), (dict(hidden_dims=[]), "hidden_dims is []"), (dict(hidden_dims=[0]), "hidden_dims is [0]"), (dict(dropout=1), "dropout is 1"),
     (dict(vectors=np.eye(4)), "vectors are (4, 4)"), (dict(vectors=np.full((3, 2), np.nan)), "NaN"), (dict(base=[1, 2]), "base is (2,)"), (dict(base=[1, 2, np.inf]), "3 finite scores"),
-    (dict(base=dict(large=1, small=2)), "unknown model in base 'medium'"),
+    (dict(base=dict(large=1, small=2)), "unknown model in base 'medium'"), (dict(categories=dict(law=[1, 2])), "category 'law' is (2,)"), (dict(categories=dict(law=[1, 2, np.nan])), "3 finite scores"),
 ])
 def test_wrong_options_are_one_line(options, message, tiny):
     with pytest.raises(ProjError) as error: make(tiny, **options)

@@ -225,3 +225,23 @@ def test_prompts_without_a_category_are_evaluated_without_it(run, tmp_path):
     rows = [{name: value for name, value in row.items() if name != "category"} for row in outcomes(40, seed=3)]
     found = evaluate(make(EvaluateConfig, dict(run=str(run.folder), data=str(write(tmp_path / "other.jsonl", rows)), out=str(tmp_path / "out"), device="cpu", precision="fp32"))).metrics()
     assert "category_prior" not in found["systems"] and found["systems"]["trained"]["mean_score"]["n"] == 40 and (tmp_path / "out" / "ledger.parquet").is_file()
+
+
+def test_a_router_begins_with_the_strength_in_the_category(tmp_path, proj_cli):
+    "Prompts that do not say what they are about, and categories that do: only a router that is told them is right, and it goes on being told when it is used."
+    rows = [row | dict(prompt=f"request {at * 7919 % 1000003} of many") for at, row in enumerate(outcomes(240))]
+    data, figures = write(tmp_path / "blind.jsonl", rows), {}
+    for base in ("bradley_terry", "category"):
+        this = training(config(data, tmp_path / base, router=dict(base=base)))
+        this.baselines(), this.train(), this.evaluate(), this.report()
+        figures[base] = read_json(tmp_path / base / "metrics.json")["systems"]
+    best = figures["category"]["best_single"]["mean_score"]["ci95"][1]
+    assert figures["category"]["trained"]["mean_score"]["value"] > 0.95 > best > figures["bradley_terry"]["trained"]["mean_score"]["value"]
+    evaluate(EvaluateConfig(run=str(tmp_path / "category"), out=str(tmp_path / "again"), device="cpu", precision="fp32"))
+    assert read_json(tmp_path / "again" / "metrics.json")["systems"]["trained"] == figures["category"]["trained"]
+    assert [route_run(tmp_path / "category", ["request 5"], category=name)[0].models for name in ("code", "food")] == [["coder"], ["cook"]]
+    assert [line.split()[0] for line in proj_cli("route", tmp_path / "category", "request 5", "--category", "food").stdout.splitlines() if "request 5" in line] == ["cook"]
+    refused = proj_cli("route", tmp_path / "bradley_terry", "request 5", "--category", "food")
+    assert refused.returncode == 2 and "knows no categories" in refused.stderr and "Traceback" not in refused.stderr
+    with pytest.raises(ConfigError, match="needs rows with a category"):
+        training(config(write(tmp_path / "none.jsonl", [{k: v for k, v in row.items() if k != "category"} for row in rows]), tmp_path / "none", router=dict(base="category"))).train()

@@ -86,11 +86,13 @@ def _names(names) -> list[str]:
     return found
 
 
-def _base(base, names) -> torch.Tensor:
+def _base(base, names, categories) -> torch.Tensor:
     if isinstance(base, Mapping): base = [base[n] if n in base else named("model in base", n, base) for n in names]
-    found = torch.zeros(len(names)) if base is None else torch.as_tensor(base, dtype=torch.float32).clone()
-    if found.shape != (len(names),) or not found.isfinite().all(): raise DataError(f"base is {tuple(found.shape)}; expected {len(names)} finite scores, one for each model")
-    return found
+    rows = {"base": base, **{f"category '{name}'": row for name, row in categories.items()}}
+    found = {name: torch.zeros(len(names)) if row is None else torch.as_tensor(row, dtype=torch.float32) for name, row in rows.items()}
+    for name, row in found.items():
+        if row.shape != (len(names),) or not row.isfinite().all(): raise DataError(f"{name} is {tuple(row.shape)}; expected {len(names)} finite scores, one for each model")
+    return torch.stack(list(found.values()))
 
 # %% ../../nbs/33_models.router.ipynb #d33beac1
 class RouterModel(nn.Module):
@@ -105,6 +107,7 @@ class RouterModel(nn.Module):
         vectors=None,         # (m, d) given ones
         frozen: bool = True,  # whether given ones stay as they are
         base=None,            # (m,) scores without the prompt, such as Bradley-Terry's, or name -> score; the head learns the rest
+        categories=None,      # category -> (m,) scores that take the place of `base` for its prompts
         head: str = "concat", # concat, product
         hidden_dims=(256, 128),
         dropout: float = 0.1, # in [0, 1), of the head
@@ -119,7 +122,8 @@ class RouterModel(nn.Module):
             torch.default_generator.manual_seed(seed)
             self.models = ModelTable(len(self.names), dim, vectors, frozen)
             self.head = kind(encoder.get_embedding_dimension() + features, self.models.weight.shape[1], list(hidden_dims), dropout)
-        self.register_buffer("base", _base(base, self.names))
+        self.categories = list(categories or {})
+        self.register_buffer("base", _base(base, self.names, categories or {}))  # (1 + c, m)
         self.options = dict(features=features, frozen=self.models.frozen, head=head, hidden_dims=list(hidden_dims), dropout=dropout)
         self.to(encoder.device)
 
@@ -142,8 +146,8 @@ def forward(self: RouterModel, batch: dict) -> torch.Tensor:  # (b, m), or (b, k
     vectors, rows, ids = self.encoder({**batch["prompts"]}, task="query")["sentence_embedding"], batch.get("rows"), batch.get("models")
     with torch.autocast(vectors.device.type, enabled=False):
         x = self.prompts_side(vectors if rows is None else vectors[rows], batch.get("features"))[:, None]  # (b, 1, h)
-        side, base = self.head.model_side(self.models.weight), self.base
-        if ids is not None: side, base = side[ids.clamp(min=0)], base[ids.clamp(min=0)]  # (b, k, h); -1 is padding, which the mask takes out
+        side, base = self.head.model_side(self.models.weight), self.base[batch.get("categories", [0])]
+        if ids is not None: side, base = side[ids.clamp(min=0)], base.expand(len(ids), -1).gather(1, ids.clamp(min=0))  # (b, k, h), (b, k); -1 is padding, which the mask takes out
         return base + self.head(x, side)
 
 # %% ../../nbs/33_models.router.ipynb #3a1d225d
@@ -168,6 +172,19 @@ def positions(self: RouterModel, models) -> list[int]:
     if odd := [i for i in found if not 0 <= i < len(self.names)]: raise DataError(f"model {odd[0]} of {len(self.names)}; expected a position from 0 to {len(self.names) - 1}")
     return found
 
+
+@patch
+def category_rows(
+    self: RouterModel,
+    categories,        # (n,) names, None where it is not known
+) -> torch.Tensor:     # (n,) rows of `base`; 0, that of all prompts, where there is no other
+    "Where the base scores of prompts are."
+    if not self.categories: raise ConfigError("the router knows no categories; leave them out, or train one with router.base=category")
+    place = {name: row for row, name in enumerate(self.categories, 1)}
+    if new := sorted({str(name) for name in categories if name is not None} - place.keys()):
+        log.warning("router: %s never seen in training; what holds for all prompts stands for %s", f"category '{new[0]}' was" if len(new) == 1 else f"{len(new)} categories ('{new[0]}', ...) were", "it" if len(new) == 1 else "them")
+    return torch.tensor([place.get(name, 0) for name in categories], dtype=torch.long)
+
 # %% ../../nbs/33_models.router.ipynb #867bbbad
 @patch
 def collate(
@@ -176,15 +193,17 @@ def collate(
     models=None,    # (b,) rows of names or of positions in `names`; all models when not given
     targets=None,   # (b,) 1, -1, 0: who of two wins; or (b,) rows of true scores, NaN where unknown
     features=None,  # (b, f), transformed
-) -> dict:          # prompts (u, L) tokens, rows (b,), features (b, f), models (b, k) and mask (b, k), targets (b,) or (b, k)
+    categories=None,  # (b,) names, None where unknown
+) -> dict:          # prompts (u, L) tokens, rows (b,), features (b, f), categories (b,), models (b, k) and mask (b, k), targets (b,) or (b, k)
     "A batch for `forward`, and targets and mask for a loss over scores."
     texts, rows = unique_texts(checked_texts(prompts))
     if not texts: raise DataError("a batch of no prompts; pass one or more")
     batch = {"prompts": self.encoder.preprocess(texts, prompt=self.prompt, task="query"), "rows": torch.from_numpy(rows)}
-    given = {name: list(value) for name, value in dict(models=models, targets=targets, features=features).items() if value is not None}
+    given = {name: list(value) for name, value in dict(models=models, targets=targets, features=features, categories=categories).items() if value is not None}
     for name, value in given.items():
         if len(value) != len(rows): raise DataError(f"{len(rows)} prompts but {len(value)} rows of {name}; pass one for each prompt")
     if features is not None: batch["features"] = torch.as_tensor(np.asarray(features, np.float32))
+    if categories is not None: batch["categories"] = self.category_rows(categories)
     if models is not None:
         batch["models"] = padded([self.positions(row) for row in given["models"]], -1, torch.long)
         batch["mask"] = batch["models"] >= 0
@@ -213,7 +232,7 @@ class Router:
         "sha256 of the weights."
         return sha256_weights(self.model)
 
-    def table(self, models, unknown) -> tuple[torch.Tensor, torch.Tensor]:  # (k, d) and (k,)
+    def table(self, models, unknown) -> tuple[torch.Tensor, torch.Tensor]:  # (k, d) and (1 + c, k)
         "Vectors and base scores of language models; those that the router does not know, as `unknown` says."
         place, weight, base = {name: i for i, name in enumerate(self.names)}, self.model.models.weight.detach(), self.model.base
         new = [name for name in models if name not in place]
@@ -228,7 +247,7 @@ class Router:
                 raise DataError(f"unknown is {tuple(vectors.shape)}; expected {len(new)} finite vectors of {weight.shape[1]} numbers, one for each unknown model ({', '.join(new) or 'there is none'})")
         place |= {name: len(place) + i for i, name in enumerate(dict.fromkeys(new))}
         at = [place[name] for name in models]
-        return torch.cat([weight, vectors])[at], torch.cat([base, base.mean().expand(len(new))])[at]
+        return torch.cat([weight, vectors])[at], torch.cat([base, base.mean(1, keepdim=True).expand(-1, len(new))], 1)[:, at]
 
 # %% ../../nbs/33_models.router.ipynb #c3039b2b
 @patch
@@ -238,6 +257,7 @@ def logits(
     models=None,      # (m,) names; all that the router knows when not given
     features=None,    # (n, f), transformed; what `featurise` makes of the prompts when not given
     unknown="error",  # what to do with a model that the router does not know: error, mean, or (unknown ones, d) vectors
+    categories=None,  # (n,) names, None where unknown, for a router that begins with the models' strength in each
 ) -> np.ndarray:      # (n, m) float32
     "Scores as the losses see them; equal rows are scored once and equal prompts are encoded once."
     if isinstance(models, str): raise ConfigError(f"models is '{models}'; expected a list of names")
@@ -250,20 +270,22 @@ def logits(
     if features is not None and features.shape != (len(prompts), self.model.features):
         raise DataError(f"features are {features.shape}; expected {(len(prompts), self.model.features)}, a row for each prompt")
     if features is not None and not np.isfinite(features).all(): raise DataError("features hold NaN or infinity; transform them with router.transform")
+    of = np.zeros(len(prompts), int) if categories is None else self.model.category_rows(categories).numpy()
+    if len(of) != len(prompts): raise DataError(f"{len(of)} categories for {len(prompts)} prompts; pass one for each, None where it is not known")
     if not prompts or not len(weight): return np.zeros((len(prompts), len(weight)), np.float32)
     texts, where = unique_texts(prompts)
-    keys = list(zip(where.tolist(), [b""] * len(where) if features is None else [row.tobytes() for row in features]))
+    keys = list(zip(where.tolist(), of.tolist(), [b""] * len(where) if features is None else [row.tobytes() for row in features]))
     first = {key: i for i, key in reversed(list(enumerate(keys)))}  # the first row of each kind
     kinds = sorted(first.values())
     vectors = encode_texts(self.model.encoder, texts, self.model.prompt, "query", precision=self.precision)[where[kinds]]
-    found = self._headed(vectors, None if features is None else features[kinds], weight, base)
+    found = self._headed(vectors, None if features is None else features[kinds], weight) + base.cpu().numpy()[of[kinds]]
     back = {i: n for n, i in enumerate(kinds)}
     return found[[back[first[key]] for key in keys]]
 
 # %% ../../nbs/33_models.router.ipynb #aca24ebc
 @patch
 @torch.inference_mode()
-def _headed(self: Router, vectors, features, weight, base) -> np.ndarray:
+def _headed(self: Router, vectors, features, weight) -> np.ndarray:
     "The head over all pairs, a few prompts at a time, so that what is between its layers stays in the cache."
     model, training = self.model.head, self.model.training
     self.model.eval()
@@ -272,7 +294,7 @@ def _headed(self: Router, vectors, features, weight, base) -> np.ndarray:
         size = max(1, 2**20 // max(1, len(weight) * model.first.out_features))
         for start in range(0, len(vectors), size):
             tensors = [None if x is None else torch.from_numpy(x[start:start + size]).to(device) for x in (vectors, features)]
-            parts.append((base + model(self.model.prompts_side(*tensors)[:, None], side)).cpu().numpy())
+            parts.append(model(self.model.prompts_side(*tensors)[:, None], side).cpu().numpy())
     finally: self.model.train(training)
     found = np.concatenate(parts)
     if not np.isfinite(found).all(): raise DataError(f"the router gives NaN or infinity for {int((~np.isfinite(found)).any(1).sum())} of {len(found)} prompts; its weights are damaged or its training diverged")
@@ -309,7 +331,7 @@ def route(
     threshold: float | None = None,   # what the strong model has to be ahead by
     strong: str | None = None, weak: str | None = None,
     models=None,                      # names to choose from; all that the router knows when not given
-    **kw,                             # features and unknown, of `logits`
+    **kw,                             # features, unknown and categories, of `logits`
 ) -> Routes:
     "The best model for each prompt; the best that a budget allows; or the strong of two where it is ahead by a threshold."
     if threshold is None and (strong or weak): raise ConfigError("strong and weak go with a threshold; pass threshold=, or leave them out")
@@ -348,7 +370,7 @@ def save(self: Router, folder, card: str = ""):
         shutil.rmtree(new, ignore_errors=True)
         with quiet(): self.model.encoder.save_pretrained(str(new / "encoder"), create_model_card=False)
         save_file(own_state(self.model), str(new / WEIGHTS), {"format": "pt"})
-        try: write_json(new / SHAPE, {"kind": KIND, "models": self.names, **self.model.options, "transform": self.transform})
+        try: write_json(new / SHAPE, {"kind": KIND, "models": self.names, "categories": self.model.categories, **self.model.options, "transform": self.transform})
         except ValueError as e: raise DataError(f"the transform of the features cannot be written as JSON ({e}); give finite numbers, lists and texts") from e
         if card: (new / "README.md").write_text(card, encoding="utf-8")
         write_manifest(new)
@@ -357,10 +379,10 @@ def save(self: Router, folder, card: str = ""):
     finally: shutil.rmtree(new, ignore_errors=True)
 
 # %% ../../nbs/33_models.router.ipynb #a515581b
-def _check_shapes(path, found, encoder, names, dim, features, head, hidden_dims, dropout, frozen):
+def _check_shapes(path, found, encoder, names, categories, dim, features, head, hidden_dims, dropout, frozen):
     "A DataError unless the weights are of this shape; nothing is allocated for what a file only claims."
     with torch.device("meta"): made = named("head", head, HEADS)(encoder.get_embedding_dimension() + features, dim, hidden_dims, dropout)
-    expected = {"base": (len(names),), "models.weight": (len(names), dim), **{f"head.{name}": tuple(p.shape) for name, p in made.named_parameters()}}
+    expected = {"base": (1 + len(categories), len(names)), "models.weight": (len(names), dim), **{f"head.{name}": tuple(p.shape) for name, p in made.named_parameters()}}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise DataError(f"{path / WEIGHTS}: {name} is {found.get(name, 'missing')}, {SHAPE} makes it {expected.get(name, 'superfluous')}; the two do not belong together")
@@ -389,8 +411,8 @@ def load(
     if len(vectors) != 2: raise DataError(f"{path / WEIGHTS}: no vectors of models; expected a folder that Router.save wrote")
     encoder = load_folder(path / "encoder", pick_device(device), dropout)
     try:
-        _check_shapes(path, found, encoder, config["models"], vectors[1], **options)
-        model = RouterModel(encoder, config["models"], vectors=torch.zeros(vectors), **options)
+        _check_shapes(path, found, encoder, config["models"], config["categories"], vectors[1], **options)
+        model = RouterModel(encoder, config["models"], vectors=torch.zeros(vectors), categories=dict.fromkeys(config["categories"]), **options)
     except (LookupError, TypeError, ValueError, RuntimeError) as e: raise DataError(f"{path / SHAPE}: {' '.join(str(e).split())[:200]}; expected a folder that Router.save wrote") from e
     model.load_state_dict(load_file(str(path / WEIGHTS)), strict=False)  # the encoder's are there already
     return cls(model.eval(), config.get("transform"), **kw)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['whole_text', 'texts_of', 'RouterItems', 'costs_of', 'strengths', 'comparisons_in', 'qualities', 'RouterTraining',
-           'featuriser', 'features_of', 'untrained', 'bradley_terry_scores', 'answers_of', 'baselines_for', 'rows_for',
-           'Routed', 'measured_on', 'spread', 'write_predictions', 'Wish', 'load_run', 'route_run', 'rank_run',
-           'evaluate_run']
+           'featuriser', 'features_of', 'categories_of', 'untrained', 'bradley_terry_scores', 'answers_of',
+           'baselines_for', 'rows_for', 'Routed', 'measured_on', 'spread', 'write_predictions', 'Wish', 'load_run',
+           'route_run', 'rank_run', 'evaluate_run']
 
 # %% ../../nbs/80_tasks.router.ipynb #885cd063
 from dataclasses import dataclass, fields, replace
@@ -34,7 +34,7 @@ from ..prompts import FeatureTransform, prompt_features
 from ..report import head, rows_page
 from ..router_parts import RouterParts, guard_routing, known_models, load_routing, read_routing
 from ..routing import apgr_values, evaluate_routers, pairwise_accuracy, truth_of, values_of, verdict
-from ..routing_baselines import RouterRows, bradley_terry, fit_baselines, quality_of
+from ..routing_baselines import RouterRows, bradley_terry, category_strengths, fit_baselines, quality_of
 from ..run import Run, step
 from ..thresholds import calibrated
 
@@ -73,7 +73,8 @@ class RouterItems:
     def batch(self, items, model: RouterModel) -> dict:
         "What the model reads, and the targets and mask of the loss."
         rows, models, targets = zip(*items)
-        return model.collate([self.texts[at] for at in rows], [list(m) for m in models], [list(t) for t in targets], None if self.features is None else self.features[list(rows)])
+        return model.collate([self.texts[at] for at in rows], [list(m) for m in models], [list(t) for t in targets], None if self.features is None else self.features[list(rows)],
+                             [self.data.category[at] for at in rows] if model.categories else None)
 
 # %% ../../nbs/80_tasks.router.ipynb #17aa75c6
 def costs_of(parts: RouterParts, data, given: dict) -> np.ndarray:  # (p, m)
@@ -134,8 +135,10 @@ class RouterTraining(ModuleTraining):
         encoder = load_encoder(cfg.model, texts=list(train.prompts), max_length=cfg.max_length, device=self.device, dropout=cfg.dropout, seed=cfg.seed)
         transform = FeatureTransform.fit(prompt_features(train.prompts, train.history)) if spec.features else None
         vectors = self.vectors() if cfg.embedding.kind != "id" else None
-        base = dict(zip(self.parts.models, bradley_terry_scores(train))) if spec.base == "bradley_terry" else None
-        model = RouterModel(encoder, self.parts.models, features=44 if spec.features else 0, dim=cfg.embedding.dim, vectors=vectors, base=base, head=spec.head,
+        base = dict(zip(self.parts.models, bradley_terry_scores(train))) if spec.base != "none" else None
+        if spec.base == "category" and not any(train.category): raise ConfigError("router.base=category needs rows with a category (or subject); choose bradley_terry or none")
+        categories = category_strengths(comparisons_in(train), train.category, len(train.models)) if spec.base == "category" else None
+        model = RouterModel(encoder, self.parts.models, features=44 if spec.features else 0, dim=cfg.embedding.dim, vectors=vectors, base=base, categories=categories, head=spec.head,
                             hidden_dims=spec.hidden_dims, dropout=0.0 if cfg.dropout is None else cfg.dropout, seed=cfg.seed)
         return Router(model, transform and transform.as_dict(), featuriser(transform and transform.as_dict()), self.precision)
 
@@ -159,6 +162,9 @@ def featuriser(transform: dict | None):
 def features_of(router: Router, data):  # (prompts, 44), or None
     "What a router reads of a part beside the texts."
     return router.featurise(data.prompts, data.history) if router.featurise else None
+
+
+def categories_of(router: Router, data): return list(data.category) if router.model.categories else None
 
 
 def untrained(cfg: TrainConfig, device: str):
@@ -254,7 +260,7 @@ def predicted(self: RouterTraining, part: str) -> np.ndarray:  # (p, m)
     data = getattr(self.parts, part)
     if part not in self.seen: self.seen[part] = features_of(self.encoder, data)  # they stay, whatever the weights are
     self.encoder.model.eval()
-    return self.encoder.logits(texts_of(data), features=self.seen[part])
+    return self.encoder.logits(texts_of(data), features=self.seen[part], categories=categories_of(self.encoder, data))
 
 
 @patch
@@ -365,7 +371,8 @@ def calibration(self: RouterTraining) -> dict:
     texts = [whole_text(train.prompts[at], train.history[at]) for at in some]
     features = features_of(self.encoder, train)
     ahead = lambda scores: (np.tanh(scores[:, truth.strong]) - np.tanh(scores[:, truth.weak])).astype(float)  # as `Router.score` gives them
-    grid = ahead(self.encoder.logits(texts, features=None if features is None else features[some]))
+    categories = categories_of(self.encoder, train)
+    grid = ahead(self.encoder.logits(texts, features=None if features is None else features[some], categories=categories and [categories[at] for at in some]))
     return dict(strong=truth.models[truth.strong], weak=truth.models[truth.weak], score=ahead(self.predicted("validation"))[truth.rows].tolist(), gain=truth.gain.tolist(),
                 grid=np.unique(np.quantile(grid, np.linspace(0, 1, 51))).tolist())
 
@@ -396,20 +403,22 @@ def route_run(
     prompts,              # texts
     wish: Wish | None = None,
     device: str = "auto",
+    category: str | None = None,  # of the prompts, for a router that begins with the models' strength in each
 ):                        # Routes, and the threshold's guarantee where one was calibrated
     "Which model for each prompt."
     wish, router, run = wish or Wish(), load_run(folder, device), Run.open(folder)
+    where = {} if category is None else dict(categories=[category] * len(prompts))
     given = [f.name for f in fields(wish) if f.name != "delta" and getattr(wish, f.name) is not None]
     if len(given) > 1: raise ConfigError(f"{given[0]} and {given[1]} both say how to choose; give one of them")
     cost = run.facts.get("costs")
-    if not given or wish.budget is not None: return router.route(prompts, cost=cost, budget=wish.budget), None
+    if not given or wish.budget is not None: return router.route(prompts, cost=cost, budget=wish.budget, **where), None
     known, promise, threshold = read_json(run / "calibration.json"), None, wish.threshold
     if threshold is None and not known["score"]: raise ConfigError(f"{folder}: this run has no strong and weak model with known quality to calibrate on; name them in training: router.strong, router.weak")
     if not known["strong"]: raise ConfigError("a threshold decides between a strong and a weak model, and this run has none; name them in training: router.strong, router.weak")
     if threshold is None:
         promise = calibrated(known, wish.share, wish.max_loss, wish.delta)
         threshold = float(np.clip(np.nextafter(promise.value, np.inf), -9, 9))  # above the value, where `route` takes what reaches it
-    return router.route(prompts, cost=cost, threshold=threshold, strong=known["strong"], weak=known["weak"]), promise
+    return router.route(prompts, cost=cost, threshold=threshold, strong=known["strong"], weak=known["weak"], **where), promise
 
 # %% ../../nbs/80_tasks.router.ipynb #0e9813ce
 def rank_run(folder, query: str, data: str | None = None, top_k: int = 5, device: str = "auto"):
@@ -427,7 +436,7 @@ def evaluate_run(cfg: EvaluateConfig) -> Figures:
     plain = untrained(was, pick_device(cfg.device))
     train, test = (rows_for(some, plain, router.precision) for some in (parts.train, data))
     if test.category is None: train = replace(train, category=None)  # what is not known of these prompts cannot be used
-    predictions = {"trained": router.logits(test.texts, features=features_of(router, data))}
+    predictions = {"trained": router.logits(test.texts, features=features_of(router, data), categories=categories_of(router, data))}
     predictions |= {name: scores(test) for name, scores in baselines_for(train, costs_of(parts, parts.train, was.router.costs), was.seed).items()}
     found = measured_on(predictions, data, costs_of(parts, data, was.router.costs), parts.models, was, "test", cfg.data or was.data)
     found.facts["verdict"] = verdict(found.summary, "trained")
