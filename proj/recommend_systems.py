@@ -115,7 +115,8 @@ def said(self: Systems, r: Recommender, dataset: str, which: list[str], new: dic
     found |= dict(from_descriptions=from_descriptions(*table[1:]))
     if not few:
         if not measured: found |= dict(kriged=kriged(*table[1:]), nearest=nearest_described(*table[1:]))
-        if REFERENCE in r.datasets and REFERENCE not in without and not new: found["imagenet"] = np.nan_to_num(scores[r.datasets.index(REFERENCE)], nan=-1.)
+        if REFERENCE in parts.scores.datasets and not new:  # where it is hidden or asked for, popularity answers, as in `best_on`
+            found["imagenet"] = np.nan_to_num(scores[r.datasets.index(REFERENCE)], nan=-1.) if REFERENCE in r.datasets and REFERENCE != dataset and REFERENCE not in without else found["popularity"]
         found |= dict(size=parts.sizes()[order], random=rng(self.seed, "random", dataset).random(len(names)), **{name: values[order] for name, values in self.transferability(dataset).items()})
         if not new: found |= dict(oracle_neighbour=from_neighbour(parts.visible([dataset], names)[0])(scores, target))
     at = [names.index(n) for n in which]

@@ -242,6 +242,24 @@ def test_a_folder_with_metadata_and_tokens(tmp_path):
     with pytest.raises(DataError, match="there is no flops_b"): recommend(new.run.folder, new.parts.test[0], {"new one": dict(arch="ViT-L", pretrained="laion", params_m=3)})
 
 
+def test_the_order_on_imagenet_stands_beside_the_others_wherever_it_can(tmp_path):
+    "Leaving out every data set in turn, ImageNet too, where popularity has to answer."
+    names, sets, draw = [f"m{i}" for i in range(9)], ["ImageNet 1k", *(f"set{c} x" for c in "abcdefg")], np.random.default_rng(0)
+    rows = [dict(dataset=d, model=m, score=float(draw.random())) for d in sets for m in names]
+    path = folder_of(tmp_path / "data", scores=rows, datasets=[dict(dataset=d, text=f"pictures of {d}") for d in sets])
+    new = made(make(TrainConfig, {**SMALL, "data": str(path), "out": str(tmp_path / "run"), "recommend": dict(folds=8, episodes=2)}))
+    found = new.evaluation.facts["folds"]["systems"]
+    assert found["imagenet"]["spearman"]["n"] == found["popularity"]["spearman"]["n"] == 8 and found["imagenet"]["spearman"] != found["popularity"]["spearman"]
+    (r, _), = [fold for fold in new.folds if fold[1] == ["ImageNet 1k"]]
+    own = new.systems.said(r, "ImageNet 1k", r.models, {}, {})
+    assert np.array_equal(own["imagenet"], own["popularity"])
+    r = new.folds[0][0] if "ImageNet 1k" not in new.folds[0][1] else new.folds[1][0]
+    other = new.systems.said(r, "seta x", r.models, {}, {}, ["seta x"])
+    assert np.array_equal(other["imagenet"], [next(row["score"] for row in rows if row["dataset"] == "ImageNet 1k" and row["model"] == m) for m in r.models])
+    hidden = new.systems.said(r, "seta x", r.models, {}, {}, ["seta x", "ImageNet 1k"])
+    assert np.array_equal(hidden["imagenet"], hidden["popularity"])
+
+
 def test_a_folder_of_weights_and_a_saved_zoo(cache, tmp_path):
     from safetensors.torch import save_file
     names = [f"m{i}" for i in range(9)]

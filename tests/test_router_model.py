@@ -57,7 +57,7 @@ def naive(model, features=None):
     vectors = torch.from_numpy(encode_texts(model.encoder, TEXTS, precision="fp32"))
     grid = torch.zeros(len(TEXTS), len(model.names))
     for i, vector in enumerate(vectors):
-        vector = vector * np.sqrt(len(vector)) / np.sqrt((vector**2).sum())  # entries of about 1
+        vector = vector * np.sqrt(44) / np.sqrt((vector**2).sum())  # as long as 44 features
         prompt = vector if features is None else torch.cat([vector, torch.from_numpy(features[i])])
         for j, m in enumerate(model.models.weight):
             if model.options["head"] == "concat": x = model.head.first(torch.cat([prompt, m]))
