@@ -110,7 +110,7 @@ class FinetuningSpec(Spec):
 TASK_DEFAULTS = {  # task -> what is not given and not the same as for task dual
     "dual": dict(loss="mnr"),
     "cross": dict(loss="softmax", negatives=dict(candidates="auto", k=4)),
-    "router": dict(loss="margin_ranking", data="retrievers", epochs=3, max_length=128, dropout=0.1, optimizer=dict(lr_multipliers={"head": 20.0, "models": 20.0})),
+    "router": dict(loss="margin_ranking", data="retrievers", epochs=3, max_length=128, dropout=0.1, optimizer=dict(lr_multipliers={"head": 6.0, "models": 6.0})),
     "recommend": dict(loss="plackett_luce", data="zoo", model="mini", epochs=40, lr=1e-3, batch_size=8, dropout=0.1, validation_share=0.15, early_stopping=0),
     "swipe": dict(loss="mnr", data="synthetic", model="mini", epochs=2, lr=1e-3, max_queries=300, negatives=dict(k=7), optimizer=dict(schedule="cosine_with_min_lr")),
 }
