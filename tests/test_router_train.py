@@ -12,7 +12,8 @@ from proj.manifest import check_manifest
 from proj.metrics import read_ledger
 from proj.report import Report
 from proj.run import history
-from proj.tasks.router import RouterItems, Wish, load_run, rank_run, route_run
+from proj.routed import RouterItems
+from proj.tasks.router import Wish, load_run, rank_run, route_run
 from proj.train import training
 from proj.use import evaluate
 
