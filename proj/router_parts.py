@@ -15,10 +15,11 @@ import numpy as np
 
 from .config import RouterSpec, TrainConfig
 from .core import ConfigError, DataError, log, rng
-from .data.comparisons import Comparisons, Outcomes, Scored, filter_comparisons, from_scored, read_comparisons, read_outcomes, split_comparisons
+from .data.comparisons import Comparisons, Outcomes, filter_comparisons, from_scored, read_comparisons, read_outcomes, split_comparisons
 from .data.guard import guard_counts
 from .data.sources import find_data, part_files
 from .data.split import near_duplicate_keys, without
+from .data.votes import Scored
 
 # %% ../nbs/79_router_parts.ipynb #47c542cf
 @dataclass(frozen=True)

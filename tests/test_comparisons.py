@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proj.core import ConfigError, DataError
-from proj.data.comparisons import (Scored, Vote, agreement, as_vote, asked, balanced_weights, filter_comparisons, from_scored, from_votes, last_turn,
-                                   prompt_groups, read_comparisons, read_outcomes, split_comparisons, vote_pairs)
+from proj.data.comparisons import (agreement, balanced_weights, filter_comparisons, from_scored, from_votes, prompt_groups, read_comparisons, read_outcomes,
+                                   split_comparisons, vote_pairs)
 from proj.data.split import near_duplicate_keys
+from proj.data.votes import Scored, Vote, as_vote, asked, last_turn
 
 VOTE = {"prompt": "Why is the sky blue?", "model_a": "auk", "model_b": "gull", "winner": "model_a"}
 TABLE = {"prompt": "Why is the sky blue?", "scores": {"auk": 1, "gull": 0.5, "tern": None}, "costs": {"auk": 2, "gull": None}}

@@ -121,7 +121,8 @@ def test_votes_train_too_and_a_router_goes_on(tmp_path, halt):
 
 
 def test_rare_models_are_drawn_as_often(data):
-    from proj.data.comparisons import from_votes, Vote
+    from proj.data.comparisons import from_votes
+    from proj.data.votes import Vote
     votes = from_votes([Vote(f"p {i}", "big", "small", 1.0) for i in range(90)] + [Vote(f"q {i}", "big", "rare", 1.0) for i in range(10)])
     items = RouterItems(votes, balanced=True, seed=1)
     drawn = [items[i] for e in range(20) for i in (items.set_epoch(e), *range(len(items))) if i is not None]
