@@ -122,7 +122,7 @@ _swipe = [
 
 _scores = "proj.losses.rank."
 _router = [
-    LossSpec("margin_ranking", _scores + "MarginRanking", ("groups",), "bradley_terry when sure pairs should go on teaching", aliases=("margin",)),
+    LossSpec("margin_ranking", _scores + "MarginRanking", ("groups",), "bradley_terry when sure pairs should go on teaching, listnet when it counts by how much one is better", aliases=("margin",)),
     LossSpec("bradley_terry", _scores + "BradleyTerry", ("groups",), "rao_kupper when ties are many", aliases=("bt",)),
     LossSpec("rao_kupper", _scores + "RaoKupper", ("groups",), "bradley_terry when there are no ties"),
     LossSpec("mnr", _scores + "MultipleNegatives", ("groups",), "softmax when models below the best count", temperature=1.0),

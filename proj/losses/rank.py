@@ -260,7 +260,7 @@ class RankLossSpec:
 
 
 _specs = [
-    RankLossSpec("margin_ranking", MarginRanking, "pairs", "skipped", "bradley_terry when sure pairs should go on teaching", aliases=("margin",)),
+    RankLossSpec("margin_ranking", MarginRanking, "pairs", "skipped", "bradley_terry when sure pairs should go on teaching, listnet when it counts by how much one is better", aliases=("margin",)),
     RankLossSpec("bradley_terry", BradleyTerry, "pairs", "half a win for each", "rao_kupper when ties are many", aliases=("bt", "ranknet")),
     RankLossSpec("rao_kupper", RaoKupper, "pairs", "an outcome of their own", "bradley_terry when there are no ties", learns=True),
     RankLossSpec("mnr", MultipleNegatives, "lists", "all that are best", "plackett_luce when the order below the best counts", aliases=("MultipleNegativesRankingLoss",)),
