@@ -110,6 +110,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'proj.cli.logs_verb': ('cli.html#logs_verb', 'proj/cli.py'),
                           'proj.cli.main': ('cli.html#main', 'proj/cli.py'),
                           'proj.cli.mine_verb': ('cli.html#mine_verb', 'proj/cli.py'),
+                          'proj.cli.must_exist': ('cli.html#must_exist', 'proj/cli.py'),
                           'proj.cli.notebook_path': ('cli.html#notebook_path', 'proj/cli.py'),
                           'proj.cli.pipeline_verb': ('cli.html#pipeline_verb', 'proj/cli.py'),
                           'proj.cli.promote_verb': ('cli.html#promote_verb', 'proj/cli.py'),

@@ -14,8 +14,6 @@ from .core import DataError, GateError, library_versions, log, read_json
 from .manifest import accept, committed, faults, read_manifest
 from .report import Page, rows_page
 from .run import Run, history, utc_name
-from .start import same_start
-from .train import training
 
 # %% ../nbs/63_replay.ipynb #007c8ec6
 def flat(
@@ -76,9 +74,11 @@ def replay(
     tolerance: float = 0.0,    # largest difference of a figure that still counts as the same
 ) -> Page:                     # what was compared; GateError when something differs
     "Run it again from its run.json and compare every figure."
-    import torch
     was = Run.open(run)
     if was.status != "finished": raise DataError(f"{run}: its status is '{was.status}'; only a finished run can be replayed")
+    import torch
+    from proj.start import same_start
+    from proj.train import training
     facts, out = was.facts, Path(out or f"{str(was.folder).rstrip(os.sep)}-replay-{utc_name()}")
     if other := differences(facts["versions"], library_versions(), "versions"):
         log.warning("other versions than the run was made with, figures may differ: %s", ", ".join(f"{path} {a} -> {b}" for _, path, a, b in other))
