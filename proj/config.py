@@ -188,7 +188,7 @@ class SwipeSpec(Spec):
 class RecommendSpec(Spec):
     "What only a recommender has."
     ranker: Literal["cross_attention", "custom_similarity", "similarity"] = Field("cross_attention", description="the network")
-    base: Literal["auto", "none", "popularity", "descriptions", "kriged"] = Field("popularity", description="what the scores begin with: nothing, mean rank elsewhere, elsewhere weighted by similarity, or interpolated (slow); auto: popularity or descriptions, whichever is better on training data sets that are left out; the ranker learns what to add")
+    base: Literal["auto", "none", "popularity", "descriptions", "kriged"] = Field("auto", description="what the scores begin with: nothing, mean rank elsewhere, elsewhere weighted by similarity, or interpolated (slow); auto: popularity or descriptions, whichever is better on training data sets that are left out; the ranker learns what to add")
     profile: bool = Field(True, description="models are known by their scores on the training data sets too")
     episodes: int = Field(8, ge=1, le=1000, description="of each training data set: which models are hidden, which are measured")
     new_models: float = Field(0.2, ge=0, lt=1, description="share of the models that is held out; 0 none")
