@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .compare import Summary, figure_text, holm, mean_intervals, paired_differences
+from .compare import figure_text, holm, mean_intervals, paired_differences
 from .config import BenchLossesConfig, TrainConfig, make
-from .core import ConfigError, DataError, ProjError, log, read_json, write_json
+from .core import DataError, ProjError, log, read_json, write_json
 from .losses.contrast import LOSSES, check_legal, loss_named
 from .metrics import ledger_values, of_system, read_ledger
 from .plot import new_axes

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from .core import ConfigError, DataError
+from .core import DataError
 from .data.split import exact_keys, near_duplicate_keys
 from .data.store import Store
 

@@ -6,7 +6,7 @@
 __all__ = ['checkpoints', 'trainer_state', 'best_of', 'ended', 'newest_good', 'prune', 'bytes_needed', 'check_space', 'durable']
 
 # %% ../nbs/45_checkpoint.ipynb #fd6ef86a
-import json, re, shutil
+import re, shutil
 from pathlib import Path
 
 from .core import MachineError, disk_error, leader, log, read_json, write_step

@@ -9,10 +9,10 @@ __all__ = ['STORY', 'LISTS', 'CONFIGS', 'VERBS', 'must_exist', 'train_verb', 'ev
            'list_verb', 'notebook_path', 'check_parameters', 'run_verb', 'execute', 'main']
 
 # %% ../nbs/90_cli.ipynb #757c78bd
-import argparse, logging, os, sys
+import argparse, sys
 from pathlib import Path
 
-from .core import ConfigError, DataError, ProjError, log, named, show_log
+from .core import ConfigError, DataError, ProjError, named, show_log
 
 # %% ../nbs/90_cli.ipynb #6d5ba879
 STORY = """proj ranks candidates for a query: train a model, measure it, use it.

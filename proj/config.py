@@ -10,13 +10,13 @@ __all__ = ['Precision', 'Device', 'Nested', 'Whole', 'FINETUNING', 'TASK_DEFAULT
            'from_environment', 'merged', 'from_arguments', 'from_notebook', 'parameter_table']
 
 # %% ../nbs/01_config.ipynb #583dc878
-import json, os
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .core import ConfigError, MachineError, suggest
+from .core import ConfigError, suggest
 
 # %% ../nbs/01_config.ipynb #8ce78ed3
 Precision, Device = Literal["auto", "fp32", "bf16"], Literal["auto", "cpu", "cuda", "mps"]
@@ -188,7 +188,7 @@ class SwipeSpec(Spec):
 class RecommendSpec(Spec):
     "What only a recommender has."
     ranker: Literal["cross_attention", "custom_similarity", "similarity"] = Field("cross_attention", description="the network")
-    base: Literal["auto", "none", "popularity", "descriptions", "kriged"] = Field("auto", description="what the scores begin with: nothing, mean rank elsewhere, elsewhere weighted by similarity, or interpolated (slow); auto: popularity or descriptions, whichever is better on training data sets that are left out; the ranker learns what to add")
+    base: Literal["stacked", "none", "popularity", "descriptions", "kriged"] = Field("stacked", description="what the scores begin with: nothing, mean rank elsewhere, elsewhere weighted by similarity, or interpolated (slow); stacked: popularity, descriptions and, where the models can be run, transferability, each with a fitted weight; the ranker learns what to add")
     profile: bool = Field(True, description="models are known by their scores on the training data sets too")
     episodes: int = Field(8, ge=1, le=1000, description="of each training data set: which models are hidden, which are measured")
     new_models: float = Field(0.2, ge=0, lt=1, description="share of the models that is held out; 0 none")

@@ -19,7 +19,7 @@ from .data.keyboards import Keyboard, carried
 from .data.swipes import Swipe
 from .models.dual import Ranking, make_ranking
 from .plot import COLOURS, new_axes
-from .templates import TemplateIndex, best_words, choose_weight, places, reciprocal
+from .templates import TemplateIndex, best_words, places, reciprocal
 
 # %% ../nbs/57_decoding.ipynb #91a053b7
 class Decoder:

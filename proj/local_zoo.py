@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .core import ConfigError, DataError, atomic, disk_error, progress, read_json, rng, sha256_json, write_json
+from .core import ConfigError, DataError, disk_error, progress, read_json, rng, sha256_json, write_json
 from .data.zoo import DatasetTokens, TrueScores, draw_tokens, load_tokens, save_tokens, scores_of
 from .manifest import MANIFEST, check_manifest, replace_folder, write_manifest
 

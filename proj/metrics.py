@@ -10,7 +10,6 @@ __all__ = ['METRICS', 'NEEDS_CUT', 'DEFAULT', 'place_in_group', 'Ranks', 'recipr
 # %% ../nbs/50_metrics.ipynb #a80403a1
 from dataclasses import dataclass
 from itertools import chain
-from typing import Iterable
 
 import numpy as np
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .compare import Summary, figure_text, summarise
-from .config import PromoteConfig, TrainConfig, make, stored
+from .config import PromoteConfig, stored
 from .core import ConfigError, DataError, GateError, ProjError, disk_error, log, read_json, write_json, write_step
 from .data.guard import Texts, text_pairs, texts_of
 from .manifest import MANIFEST, check_manifest, files_in, read_manifest, write_manifest

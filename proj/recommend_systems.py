@@ -12,7 +12,7 @@ from fastcore.basics import patch
 
 from .compare import summarise
 from .core import rng
-from .data.zoo import TrueScores, build_combined_similarity_loader, collate
+from .data.zoo import DatasetTokens, TrueScores, build_combined_similarity_loader, collate
 from .local_zoo import hidden
 from .recommender import Recommender, context, popular
 from .recommending import recommender_values
@@ -32,8 +32,9 @@ class Episodes:
         count: int = 8,         # episodes of each data set
         share: float = .2,      # of the models that is hidden in half of them
         seed: int = 0,
+        told: dict | None = None,  # data set -> (N, t) measures
     ):
-        self.r, self.seed, self.count = recommender, seed, count
+        self.r, self.told, self.seed, self.count = recommender, told or {}, seed, count
         scores = TrueScores(recommender.datasets, recommender.models, recommender.scores)
         vectors = dict(zip(recommender.models, recommender.vectors))
         self.loader = build_combined_similarity_loader(scores, vectors, tokens, draws=8, seed=seed)
@@ -51,7 +52,7 @@ class Episodes:
         shown = draw.permutation(known)[:min(MEASURED[e // 2 % 4], len(known) - 2)]
         scores[d] = np.nan
         scores[d, shown] = own[shown]
-        return context(scores, d, r.vectors, r.outlines, r.base, r.columns), np.isin(np.arange(len(own)), shown)
+        return context(scores, d, r.vectors, r.outlines, r.base, r.columns, r.stack, self.told.get(r.datasets[d])), np.isin(np.arange(len(own)), shown)
 
     def set_epoch(self, epoch: int): self.epoch = epoch
     def __len__(self): return len(self.rows)
@@ -97,12 +98,29 @@ class Systems:
 def transferability(self: Systems, dataset: str) -> dict:  # name -> (N,)
     "H-score, LogME and kNN of each network's features of the examples in the data set's tokens; for networks that can be run."
     if not self.parts.zoo: return {}
-    if dataset not in self.seen:
-        tokens, zoo = self.parts.tokens[dataset], self.parts.zoo
-        x, labels = tokens.features[tokens.mask], np.nonzero(tokens.mask)[1]
-        features = [hidden(zoo.states[m], zoo.facts["networks"][m]["activation"], x) for m in self.parts.scores.models]
-        self.seen[dataset] = {name: np.array([score(f, labels) for f in features]) for name, score in TRANSFERABILITY.items()}
+    if dataset not in self.seen: self.seen[dataset] = self.measures(self.parts.tokens[dataset])
     return self.seen[dataset]
+
+
+@patch
+def measures(self: Systems, tokens: DatasetTokens) -> dict:  # name -> (N,)
+    "The same of any data set."
+    x, labels, zoo = tokens.features[tokens.mask], np.nonzero(tokens.mask)[1], self.parts.zoo
+    features = [hidden(zoo.states[m], zoo.facts["networks"][m]["activation"], x) for m in self.parts.scores.models]
+    return {name: np.array([score(f, labels) for f in features]) for name, score in TRANSFERABILITY.items()}
+
+
+@patch
+def told(self: Systems, dataset, names) -> np.ndarray:  # (names, t)
+    "What the stacked base is told of models on a data set, which is one of the run's or given as tokens."
+    found = self.transferability(dataset) if isinstance(dataset, str) else self.measures(dataset) if self.parts.zoo else {}
+    return np.stack(list(found.values()), 1)[self.parts.rows(names)] if found else np.zeros((len(names), 0))
+
+
+@patch
+def predicted(self: Systems, r: Recommender, dataset: str, table: tuple, draws: int = 8) -> np.ndarray:  # (N,)
+    "What a recommender says of the models of a table."
+    return r.predict(self.parts.tokens[dataset], table, draws, None if r.stack is None else self.told(dataset, table[0]))
 
 # %% ../nbs/82_recommend_systems.ipynb #842fbc5a
 @patch
@@ -110,7 +128,7 @@ def said(self: Systems, r: Recommender, dataset: str, which: list[str], new: dic
     "What every system, or only the main ones, says of some models, with the same knowledge."
     parts, table = self.parts, r.table(self.parts.outlines[dataset], new, measured, without)
     names, scores, target = table[:3]
-    order, found = parts.rows(names), dict(trained=r.predict(parts.tokens[dataset], table))
+    order, found = parts.rows(names), dict(trained=self.predicted(r, dataset, table))
     found |= dict(popularity=popular(*table[1:3])) if not new else dict(popularity=np.zeros(len(names)), features=popular(*table[1:4]))
     found |= dict(from_descriptions=from_descriptions(*table[1:]))
     if not few:

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from .compare import Summary, figure_text, summarise
-from .core import ConfigError, DataError, named, rng
+from .core import DataError, named, rng
 from .plot import new_axes
 
 # %% ../nbs/74_recommending.ipynb #11b87111

@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from .core import ConfigError, DataError, named, rng
+from .core import ConfigError, DataError, rng
 from .recommending import ranks_in_rows, weighted_tau
 
 # %% ../nbs/75_recommending_baselines.ipynb #8cf69cc0

@@ -9,7 +9,7 @@ __all__ = ['MACHINE', 'flat', 'differences', 'diff', 'figures', 'shown', 'replay
 import os
 from pathlib import Path
 
-from .config import TrainConfig, make, stored
+from .config import stored
 from .core import DataError, GateError, library_versions, log, read_json
 from .manifest import accept, committed, faults, read_manifest
 from .report import Page, rows_page

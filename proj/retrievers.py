@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .core import ConfigError, DataError, rng
+from .core import ConfigError, rng
 from .data.sources import load_test
 from .data.store import Store
 from .models.dual import DualEncoder

@@ -6,7 +6,7 @@
 __all__ = ['utc_name', 'Run', 'log_step', 'history', 'save_figure', 'step', 'finish', 'list_runs']
 
 # %% ../nbs/03_run.ipynb #c13965e8
-import json, os, signal, socket, sys, time
+import json, os, signal, socket, time
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import TrainConfig, make, stored
+from .config import TrainConfig, stored
 from .core import ConfigError, DataError, leader, library_versions, log, processes, rng
 from .data.sources import Parts, load_data
 from .data.store import Store

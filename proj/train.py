@@ -27,7 +27,7 @@ from .manifest import faults, write_manifest
 from .models.tune import check_round_trip, merge, tune
 from .negatives import refresh_callback
 from .metrics import compute, metric_name
-from .report import Report, head, rows_page, write_report
+from .report import head, rows_page, write_report
 from .run import Run, finish, log_step, step
 from .start import begin, load_parts, same_parameters, same_start
 from .trainer import callbacks_of, check_report_to, text_trainer, trainer_arguments, validation

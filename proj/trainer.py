@@ -15,13 +15,13 @@ import numpy as np
 
 from .config import OptimizerSpec, TrainConfig
 from .core import ConfigError, MachineError, atomic, log, named, progress, write_json
-from .batches import LengthBatches, column_keys, text_columns
+from .batches import LengthBatches, text_columns
 from .checkpoint import durable
 from .data.store import Store
 from .metrics import metric_name
 from .models.tune import encoders, load_trained, save_trained
 from .optim import make_optimizer
-from .run import Run, history, log_step
+from .run import Run, log_step
 
 # %% ../nbs/60_trainer.ipynb #20da785f
 def mask_labels(

@@ -9,7 +9,7 @@ __all__ = ['OTHERS', 'of_task', 'load_model', 'evaluate', 'blend_weight', 'Toget
 from importlib import import_module
 from pathlib import Path
 
-from .config import EvaluateConfig, PipelineConfig, TrainConfig, make, stored
+from .config import EvaluateConfig, PipelineConfig, TrainConfig, stored
 from .core import ConfigError, DataError, log, pick_device, pick_precision, read_json
 from .data.sources import load_test
 from .evaluate import EncodedPool, Evaluation

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from proj.core import ConfigError, DataError, MachineError, ProjError
 from proj.manifest import MANIFEST
 from proj.models import encoder as enc
-from proj.models.dual import DualEncoder, encode_texts, make_ranking, token_batches
+from proj.models.dual import DualEncoder, make_ranking, token_batches
 
 TOY = ["sort a list of numbers", "def sort_list(numbers): return sorted(numbers)", "read a file", "def read_file(path): return open(path).read()",
        "join two words", "def join(a, b): return a + ' ' + b", "count the lines of a file", "def count(path): return sum(1 for _ in open(path))"] * 3

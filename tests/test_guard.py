@@ -15,7 +15,7 @@ from proj.core import DataError, GateError
 from proj.data.code import outline, syntax_key
 from proj.data.guard import decontaminate, find_leaks, guard, label_conflicts
 from proj.data.sources import cut, groups_of, load_data, read_beir_store, read_store
-from proj.data.split import grouped_split, near_pairs, normalise
+from proj.data.split import grouped_split, near_pairs
 from proj.data.store import from_pairs, from_tables
 
 # ---- edits that leave a copy a copy

@@ -1,11 +1,10 @@
 "Retriever and reranker as one system: one denominator, pessimistic ties, the best that is possible, outside references, whole runs."
-import json
 import math
 from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proj.bench_losses import bench_losses
@@ -14,10 +13,10 @@ from proj.core import ConfigError, DataError, ProjError, read_json, sha256_file
 from proj.data.sources import load_data
 from proj.data.store import from_tables
 from proj.evaluate import Evaluation
-from proj.metrics import compute, of_system, read_ledger
+from proj.metrics import of_system, read_ledger
 from proj.models.cross import CrossEncoder, load_cross
 from proj.models.lexical import BM25
-from proj.pipeline import METRICS, SWEEP, Candidates, LexicalPool, Pipeline, Reordered, Stages, best_of_each, blend, collapsed, load_retriever, oracle
+from proj.pipeline import METRICS, SWEEP, Candidates, LexicalPool, Pipeline, Stages, best_of_each, blend, collapsed, load_retriever
 from proj.report import Report
 from proj.run import Run
 from proj.train import fit

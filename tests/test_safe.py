@@ -8,7 +8,6 @@ import runpy
 import shutil
 import signal
 import struct
-import time
 import zipfile
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 
 import proj
 from proj import core
-from proj.core import ConfigError, DataError, MachineError, ProjError
+from proj.core import DataError, MachineError, ProjError
 from proj.manifest import MANIFEST, check_manifest, files_in
 from proj.models import encoder as enc
 from proj.models.dual import DualEncoder

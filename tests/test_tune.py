@@ -14,7 +14,8 @@ from torch import nn
 from proj.config import FINETUNING, FinetuningSpec, make
 from proj.core import ConfigError, DataError, GateError, MachineError
 from proj.models import encoder as enc
-from proj.models.tune import (SELECT, check_round_trip, encoders, fresh_parameters, load_trained, merge, quantised, save_trained,
+from proj.models.cross import fresh_parameters
+from proj.models.tune import (SELECT, check_round_trip, encoders, load_trained, merge, quantised, save_trained,
                               trained_tensors, tune)
 
 TEXTS = ["sort a list of numbers", "read a file line by line", "join two words", "count the lines of a file", "sort", "a file of words"]

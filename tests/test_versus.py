@@ -1,6 +1,5 @@
 "Runs compared from the ledgers they left: what is refused, what is said, and that the figures are those of the queries."
 import json
-import shutil
 from pathlib import Path
 
 import nbformat

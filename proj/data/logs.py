@@ -9,7 +9,7 @@ __all__ = ['SIGNALS', 'ID', 'TIME', 'FLAG', 'LIST', 'WHICH', 'QUERY', 'DOCUMENT'
            'training_rows', 'counts', 'LogReport', 'append', 'log_store']
 
 # %% ../../nbs/17_data.logs.ipynb #b277acef
-import hashlib, json, math, os, re
+import hashlib, json, math, re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext

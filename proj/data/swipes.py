@@ -9,7 +9,6 @@ __all__ = ['FAR', 'FEWEST', 'TWO_FINGERS', 'POINTS', 'SIZE', 'SPECIALS', 'PAD', 
 
 # %% ../../nbs/16_data.swipes.ipynb #4fe9dc61
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np

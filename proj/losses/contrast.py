@@ -7,7 +7,6 @@ __all__ = ['NEEDS', 'LOSSES', 'LEFT_OUT', 'LossSpec', 'loss_named', 'check_tempe
            'frozen_copy', 'loss_table']
 
 # %% ../../nbs/20_losses.contrast.ipynb #f148128a
-import logging
 import math
 from dataclasses import dataclass, field
 from importlib import import_module

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import ConfigError, DataError, MachineError, disk_error, log, named, pick_device, read_json, sha256_weights, write_json
+from ..core import ConfigError, DataError, disk_error, log, named, pick_device, read_json, sha256_weights, write_json
 from ..manifest import recover, replace_folder, write_manifest
 from .dual import Ranking, checked_texts, encode_texts, free_for_model, make_ranking, unique_texts
 from .encoder import load_folder, quiet

@@ -19,7 +19,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..config import FinetuningSpec
 from ..core import ConfigError, DataError, GateError, MachineError, atomic, log
-from .cross import fresh_parameters
 from .safe import shapes
 from ..optim import within
 

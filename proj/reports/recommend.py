@@ -28,7 +28,7 @@ class RecommendReport(Report):
     def what(self) -> Page:
         f, rows = self.facts_, []
         if new := f["data"].get("new_models"): rows.append(("held out", f"{len(new)} models that training does not see"))
-        if "base" in f: rows.append(("ranker", f"{f['ranker']}, on top of base {f['base']}" + (f" (weighted tau on training data sets, each left out: {', '.join(f'{name} {tau:.3f}' for name, tau in f['bases'].items())})" if f.get("bases") else "") + (f"; a deviation of the ranker counts {f['share']:+.2f} of one of the base" if "share" in f and f["base"] != "none" else "")))
+        if "base" in f: rows.append(("ranker", f"{f['ranker']}, on top of base {f['base']}" + "".join(f"; {kind} models: {', '.join(f'{name} {weight:+.2f}' for name, weight in worth.items())}" for kind, worth in f.get("stack", {}).items()) + (f"; a deviation of the ranker counts {f['share']:+.2f} of one of the base" if "share" in f and f["base"] != "none" else "")))
         if f.get("shrunk"): rows.append(("share", f"{f['shrunk']['chosen']:g} of what the ranker learnt counts, the least that is within a standard error of the best on the validation data sets (weighted tau: {', '.join(f'{share} {tau:.3f}' for share, tau in f['shrunk']['tau'].items())})"))
         if "guard" in f and "relatives" in f["guard"]: rows.append(("relatives", ", ".join(f"{n} of {f['data'][part]['queries']} data sets of {part}" for part, n in f["guard"]["relatives"].items()) + " have relatives among the training data sets"))
         phases = {name: facts for name, facts in f.get("phases", {}).items() if not name.startswith("fold-")}

@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..compare import summarise
-from ..config import EvaluateConfig, TrainConfig, make, stored
+from ..config import EvaluateConfig, TrainConfig, stored
 from ..core import ConfigError, DataError, log, named, rng, write_json
 from ..data.openclip import MetadataEncoder
-from ..data.zoo import DatasetTokens, TrueScores, build_combined_similarity_loader, collate, load_tokens
+from ..data.zoo import DatasetTokens, collate, load_tokens
 from ..evaluate import Figures
-from ..local_zoo import hidden
 from ..losses.contrast import check_legal
 from ..losses.rank import make_rank_loss, rank_loss_named
 from ..models.recommend import TOKENS, make_ranker
@@ -26,9 +24,8 @@ from ..models.weights import WeightsAutoencoder, WeightsConfig
 from ..phases import ModuleTraining, loss_on, own_loss
 from ..recommend_parts import RecommendParts, described, folds, guard_recommend, load_recommend, outline
 from ..recommend_systems import MEASURED, Episodes, Systems
-from ..recommender import Embedder, Recommendation, Recommender, Together, best_base, context, load_recommender, normal_scores, popular, recommend_with, save_recommender
+from ..recommender import Embedder, Recommendation, Recommender, Together, fit_stack, load_recommender, normal_scores, recommend_with, save_recommender
 from ..recommending import recommender_values, verdict, weighted_tau
-from ..recommending_baselines import TRANSFERABILITY, at_random, from_descriptions, kriged, nearest_described
 from ..report import rows_page
 from ..run import Run, step
 
@@ -74,10 +71,10 @@ class RecommendTraining(ModuleTraining):
 
     def wrapped(self, model) -> Recommender:
         r = self.encoder
-        return Recommender(model, r.datasets, r.models, r.scores, r.outlines, r.vectors, r.columns, r.base, r.embedder, r.errors, self.device)
+        return Recommender(model, r.datasets, r.models, r.scores, r.outlines, r.vectors, r.columns, r.base, r.embedder, r.errors, self.device, r.stack)
 
     def score_some(self, recommender: Recommender) -> np.ndarray:
-        return np.stack([recommender.predict(self.parts.tokens[n], recommender.table(self.parts.outlines[n]), 2) for n in self.parts.validation[:3]])
+        return np.stack([self.systems.predicted(recommender, n, recommender.table(self.parts.outlines[n]), 2) for n in self.parts.validation[:3]])
 
 # %% ../../nbs/83_tasks.recommend.ipynb #805bbcf2
 @patch
@@ -85,13 +82,13 @@ def fresh_recommender(self: RecommendTraining, datasets, embedder: Embedder) -> 
     "With an untrained ranker, for these training data sets."
     cfg, spec, parts = self.cfg, self.cfg.recommend, self.parts
     vectors, columns, outlines = embedder(self.given()), list(range(len(datasets))) if spec.profile else [], parts.outlines
-    ranker = make_ranker(spec.ranker, dataset_dim=parts.tokens[datasets[0]].features.shape[2], model_dim=vectors.shape[1] + len(columns) + 4, dropout=cfg.dropout or 0.0, **SIZES[cfg.model])
-    scores, outlines, base = parts.visible(datasets), np.stack([outlines[name] for name in datasets]), spec.base
-    if base == "auto":
-        tried = self.__dict__.setdefault("tried", {})
-        if (key := tuple(datasets)) not in tried: tried[key] = best_base(scores, vectors, outlines, [self.left_with()[name] for name in datasets])
-        base, self.bases = tried[key]
-    return Recommender(Together(ranker, base != "none"), datasets, parts.models, scores, outlines, vectors, columns, base, embedder, device=self.device)
+    scores, outlines, stack = parts.visible(datasets), np.stack([outlines[name] for name in datasets]), None
+    if spec.base == "stacked":
+        told = np.stack([self.systems.told(name, parts.models) for name in datasets])
+        stack = fit_stack(scores, vectors, outlines, told, [self.left_with()[name] for name in datasets], spec.new_models or .2, seed=cfg.seed)
+    more = 4 if stack is None else 2 + stack.shape[1]
+    ranker = make_ranker(spec.ranker, dataset_dim=parts.tokens[datasets[0]].features.shape[2], model_dim=vectors.shape[1] + len(columns) + more, dropout=cfg.dropout or 0.0, **SIZES[cfg.model])
+    return Recommender(Together(ranker, spec.base != "none"), datasets, parts.models, scores, outlines, vectors, columns, spec.base, embedder, device=self.device, stack=stack)
 
 # %% ../../nbs/83_tasks.recommend.ipynb #c6f1f45a
 class Codes:
@@ -127,7 +124,8 @@ def left_with(self: RecommendTraining) -> dict:
 def episodes(self: RecommendTraining, r: Recommender) -> Episodes:
     groups = self.left_with()
     return Episodes(r, {n: self.parts.tokens[n] for n in r.datasets}, {n: [o for o in r.datasets if groups[o] == groups[n]] for n in r.datasets},
-                    self.cfg.recommend.episodes, self.cfg.recommend.new_models or .2, self.cfg.seed)
+                    self.cfg.recommend.episodes, self.cfg.recommend.new_models or .2, self.cfg.seed,
+                    {} if r.stack is None else {n: self.systems.told(n, r.models) for n in r.datasets})
 
 
 @patch
@@ -174,7 +172,7 @@ def errors(self: RecommendTraining, r: Recommender, datasets) -> np.ndarray:  # 
     rows = []
     for name in datasets:
         true = self.parts.visible([name])[0]
-        predicted = np.where(np.isfinite(true), r.predict(self.parts.tokens[name], r.table(self.parts.outlines[name], without=[name])), np.nan)
+        predicted = np.where(np.isfinite(true), self.systems.predicted(r, name, r.table(self.parts.outlines[name], without=[name])), np.nan)
         rows.append(np.where(np.isfinite(true), normal_scores(true[None])[0] - normal_scores(predicted[None])[0], np.nan))
     return np.array(rows)
 
@@ -185,15 +183,23 @@ def agreement(self: RecommendTraining, r: Recommender, datasets) -> np.ndarray: 
     r.model.eval()
     found = []
     for name in datasets:
-        true, predicted = self.parts.visible([name])[0], r.predict(self.parts.tokens[name], r.table(self.parts.outlines[name], without=[name]))
+        true, predicted = self.parts.visible([name])[0], self.systems.predicted(r, name, r.table(self.parts.outlines[name], without=[name]))
         found.append(weighted_tau(true[np.isfinite(true)], predicted[np.isfinite(true)]))
     return np.array(found)
 
 # %% ../../nbs/83_tasks.recommend.ipynb #98d485c1
 @patch
+def worth(self: RecommendTraining) -> dict:
+    "What each part of the stacked base is worth, for models that are known elsewhere and for new ones."
+    if self.encoder.stack is None: return {}
+    names = ("popularity", "descriptions", *self.systems.transferability(self.parts.train[0]))
+    return {kind: dict(zip(names, row.round(3).tolist())) for kind, row in zip(("known", "new"), self.encoder.stack)}
+
+
+@patch
 def items(self: RecommendTraining) -> Episodes:
     self.data = self.episodes(self.encoder)
-    self.run.update(base=self.encoder.base, bases=getattr(self, "bases", {}), episodes=self.data.count, model_tokens=self.encoder.model.ranker.config.model_dim, ranker=self.cfg.recommend.ranker)
+    self.run.update(base=self.encoder.base, stack=self.worth(), episodes=self.data.count, model_tokens=self.encoder.model.ranker.config.model_dim, ranker=self.cfg.recommend.ranker)
     return self.data
 
 
@@ -285,7 +291,8 @@ def examples(self: RecommendTraining, predicted, truth, names) -> dict:
     keep = np.isfinite(truth).any(0)
     found = dict(datasets=names, models=[m for m, k in zip(self.parts.scores.models, keep) if k], truth=[[None if np.isnan(v) else v for v in row] for row in truth[:, keep].tolist()],
                  predicted=[[None if np.isnan(v) else v for v in row] for row in predicted[:, keep].tolist()])
-    found["recommendation"] = repr(recommend_with(self.encoder, self.parts.tokens[names[0]], self.parts.outlines[names[0]], names[0], without=[names[0]]))
+    found["recommendation"] = repr(recommend_with(self.encoder, self.parts.tokens[names[0]], self.parts.outlines[names[0]], names[0], without=[names[0]],
+                                                  told=None if self.encoder.stack is None else self.systems.told(names[0], self.encoder.models)))
     autoencoder = self.encoder.embedder.autoencoder
     if autoencoder is None: return found
     def reconstructed(models):
@@ -338,7 +345,11 @@ def recommend(
     if tokens.features.shape[2] != width: raise DataError(f"the data set's tokens have width {tokens.features.shape[2]}; expected {width}: embed it with the encoder of the run's data")
     seen = parts is not None and name in parts.train
     note = f"The ranker was trained on {name}: what it says here it may have learnt by heart. Its scores are left out all the same." if seen else ""
-    return recommend_with(recommender, tokens, outline(tokens), name, models, measured, top_k, [name] if parts is not None else (), note)
+    told = None
+    if recommender.stack is not None and recommender.stack.shape[1] > 2:
+        try: told = Systems(parts or load_recommend(cfg, zoos=found / "zoo")).told(tokens if parts is None else name, recommender.models)
+        except (ConfigError, DataError) as e: log.warning("the models cannot be tried on %s: %s; what they did elsewhere has to do", name, e)
+    return recommend_with(recommender, tokens, outline(tokens), name, models, measured, top_k, [name] if parts is not None else (), note, told)
 
 # %% ../../nbs/83_tasks.recommend.ipynb #a440f101
 def rank_run(folder, query: str, data: str | None = None, top_k: int = 5, device: str = "auto") -> Recommendation:

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 
 from ..confusions import build_pool, draw_negatives, save_pool
-from ..config import EvaluateConfig, TrainConfig, make, stored
+from ..config import EvaluateConfig, TrainConfig, stored
 from ..core import ConfigError, DataError, log, pick_device, pick_precision, rng, write_json
 from ..data.keyboards import carried, find_keyboard, path_plot, swapped, write_keyboard
 from ..data.strokes import synthetic_swipes
