@@ -21,7 +21,7 @@ from proj.tasks.recommend import Episodes, recommend
 from proj.train import training
 
 SMALL = dict(task="recommend", epochs=3, test_share=0.2, batch_size=16, device="cpu", precision="fp32")
-SPEC = dict(networks=8, new_models=0.25, code=16, coding=6, episodes=4, base="popularity")
+SPEC = dict(networks=8, new_models=0.25, code=16, coding=6, episodes=4)
 
 
 @pytest.fixture(scope="module")
@@ -344,3 +344,48 @@ def test_probe_on_pairs(tmp_path, proj_cli):
     assert set(found["before"]) == {"static", "tiny"} and {"zero_shot", "h_score", "log_me", "knn", "separation"} == set(found["agreement"]) and found["after"]["tiny"]["n"] > 5
     done = proj_cli("recommend", tmp_path / "pairs.jsonl", "--probe", "--encoders", "static")
     assert done.returncode == 2 and "encoders" in done.stderr
+
+
+# ---- the stacked base
+
+def test_weights_of_the_stacked_base_are_those_of_a_loop():
+    "Every training data set left out with its relatives, once with all models and four times with a fifth of them hidden; then ridge regression by its formula."
+    from scipy.stats import norm, rankdata
+    from proj.core import rng
+    from proj.recommender import fit_stack, popular
+    from proj.recommending_baselines import from_descriptions
+    draw = np.random.default_rng(4)
+    scores, vectors, outlines, told = draw.normal(size=(6, 10)), draw.normal(size=(10, 2)), draw.normal(size=(6, 3)), draw.normal(size=(6, 10, 2))
+    scores[1, 3], told[2, 5, 0], groups = np.nan, np.nan, ["a", "a", "b", "c", "d", "e"]
+    rows = {False: [], True: []}
+    for d in range(6):
+        for e in range(5):
+            seen, hidden = scores.copy(), [] if e == 0 else list(rng(7, "hidden models", d, e).permutation(10)[:2])
+            seen[:, hidden] = np.nan
+            for other in range(6):
+                if groups[other] == groups[d]: seen[other] = np.nan
+            parts = [popular(seen, d, vectors), from_descriptions(seen, d, vectors, outlines), told[d, :, 0], told[d, :, 1]]
+            parts = [[0 if np.isnan(v) else (v - np.nanmean(p)) / np.nanstd(p) for v in p] for p in parts]
+            known = [n for n in range(10) if np.isfinite(scores[d, n])]
+            place = dict(zip(known, rankdata([-scores[d, n] for n in known])))
+            for n in hidden if e else known:
+                if n in place: rows[bool(e)].append(([p[n] for p in parts], norm.ppf(1 - (place[n] - .5) / len(known))))
+    for found, kind in zip(fit_stack(scores, vectors, outlines, told, groups, seed=7), (False, True)):
+        x, y = map(np.array, zip(*rows[kind]))
+        assert found == pytest.approx(np.linalg.solve(x.T @ x + 10 * np.eye(4), x.T @ y), abs=1e-9)
+
+
+def test_what_the_models_make_of_the_examples_is_told(run, this):
+    "A new model is judged by it, on the run's data sets and on anybody's; examples that cannot tell are said, and do without."
+    r, name = this.encoder, this.parts.test[0]
+    assert r.stack.shape == (2, 5) and set(this.run.facts["stack"]["new"]) == {"popularity", "descriptions", "h_score", "log_me", "knn"}
+    tokens, table = this.parts.tokens[name], r.table(this.parts.outlines[name], without=[name])
+    blind, told = r.predict(tokens, table), this.systems.predicted(r, name, table)
+    assert not np.allclose(blind, told) and np.allclose(told, load_recommender(run / "model").predict(tokens, table, told=this.systems.told(name, table[0])), atol=1e-5)
+    assert np.array_equal(this.systems.told(tokens, r.models), this.systems.told(name, r.models))
+
+
+def test_examples_of_one_class_tell_nothing(run, this, caplog):
+    one = this.parts.tokens[this.parts.test[0]].features[:, :1]
+    with caplog.at_level("WARNING", "proj"): found = recommend(run.folder, one, top_k=None)
+    assert "cannot be tried on the data set: 1 classes" in caplog.text and len(found) == len(this.parts.models)
