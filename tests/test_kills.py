@@ -23,7 +23,7 @@ def bench(request, tmp_path_factory):
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(bench):
     assert bench.writes > 20
     thorough = bench.case == "adamw"
-    steps = range(1, bench.writes + 1, 3) if thorough else range(3, bench.writes + 1, bench.writes // 4)  # checkpoints write the same files, so most kinds of step come by in one of them
+    steps = range(1, bench.writes + 1, 4) if thorough else range(3, bench.writes + 1, bench.writes // 4)  # checkpoints write the same files, so most kinds of step come by in one of them
     with ThreadPoolExecutor(2) as pool: assert sum(pool.map(bench.at_write_step, steps)) == len(steps)
     wanted = 20 if thorough else 4
     assert bench.random_kills(wanted) >= wanted
