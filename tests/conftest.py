@@ -5,14 +5,24 @@ import sys
 from pathlib import Path
 
 # before anything imports torch, transformers or matplotlib; child processes inherit it
-_threads = "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, os.cpu_count() or 1))  # workers share the cores
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ.setdefault(_name, _threads)
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    if "PYTEST_XDIST_WORKER" in os.environ: os.environ[_name] = "1"  # workers share the cores; what they inherit was set for one process
+    else: os.environ.setdefault(_name, str(min(2, os.cpu_count() or 1)))
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"): os.environ[_name] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine, threads that spin while they wait double the time a small model trains
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg", "JUPYTER_PREFER_ENV_PATH": "1"}
 for _name in [n for n in os.environ if n.startswith("PROJ_") and n != "PROJ_DATA"]: del os.environ[_name]  # someone's own defaults
 
 import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    "A test that sets torch's threads sets them for itself: sums in another order have other last digits."
+    import torch
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
