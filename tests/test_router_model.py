@@ -552,3 +552,6 @@ def test_damaged_weights_are_said(tiny):
     r = router(tiny)
     with torch.no_grad(): r.model.head.first.weight[0, 0] = math.nan
     with pytest.raises(DataError, match="NaN or infinity for 6 of 6 prompts"): r.score(TEXTS)
+    r = router(tiny, base=[1, 2, 3], categories={"law": [1, 2, 3]})
+    r.model.base[1, 0] = math.nan
+    with pytest.raises(DataError, match="NaN or infinity for 1 of 6 prompts"): r.score(TEXTS, categories=["law", *[None] * 5])

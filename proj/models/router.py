@@ -281,14 +281,14 @@ def logits(
     first = {key: i for i, key in reversed(list(enumerate(keys)))}  # the first row of each kind
     kinds = sorted(first.values())
     vectors = encode_texts(self.model.encoder, texts, self.model.prompt, "query", precision=self.precision)[where[kinds]]
-    found = self._headed(vectors, None if features is None else features[kinds], weight) + base.cpu().numpy()[of[kinds]]
+    found = self._headed(vectors, None if features is None else features[kinds], weight, base[of[kinds]])
     back = {i: n for n, i in enumerate(kinds)}
     return found[[back[first[key]] for key in keys]]
 
 # %% ../../nbs/33_models.router.ipynb #aca24ebc
 @patch
 @torch.inference_mode()
-def _headed(self: Router, vectors, features, weight) -> np.ndarray:
+def _headed(self: Router, vectors, features, weight, base) -> np.ndarray:
     "The head over all pairs, a few prompts at a time, so that what is between its layers stays in the cache."
     model, training = self.model.head, self.model.training
     self.model.eval()
@@ -297,7 +297,7 @@ def _headed(self: Router, vectors, features, weight) -> np.ndarray:
         size = max(1, 2**20 // max(1, len(weight) * model.first.out_features))
         for start in range(0, len(vectors), size):
             tensors = [None if x is None else torch.from_numpy(x[start:start + size]).to(device) for x in (vectors, features)]
-            parts.append(model(self.model.prompts_side(*tensors)[:, None], side).cpu().numpy())
+            parts.append((base[start:start + size] + model(self.model.prompts_side(*tensors)[:, None], side)).cpu().numpy())
     finally: self.model.train(training)
     found = np.concatenate(parts)
     if not np.isfinite(found).all(): raise DataError(f"the router gives NaN or infinity for {int((~np.isfinite(found)).any(1).sum())} of {len(found)} prompts; its weights are damaged or its training diverged")
