@@ -118,9 +118,15 @@ def told(self: Systems, dataset, names) -> np.ndarray:  # (names, t)
 
 
 @patch
+def told_to(self: Systems, r: Recommender, dataset, names) -> np.ndarray | None:
+    "The same, as a recommender takes it; nothing where its base has no use for it."
+    return None if r.stack is None else self.told(dataset, names)
+
+
+@patch
 def predicted(self: Systems, r: Recommender, dataset: str, table: tuple, draws: int = 8) -> np.ndarray:  # (N,)
     "What a recommender says of the models of a table."
-    return r.predict(self.parts.tokens[dataset], table, draws, None if r.stack is None else self.told(dataset, table[0]))
+    return r.predict(self.parts.tokens[dataset], table, draws, self.told_to(r, dataset, table[0]))
 
 # %% ../nbs/82_recommend_systems.ipynb #842fbc5a
 @patch
@@ -134,7 +140,8 @@ def said(self: Systems, r: Recommender, dataset: str, which: list[str], new: dic
     if not few:
         if not measured: found |= dict(kriged=kriged(*table[1:]), nearest=nearest_described(*table[1:]))
         if REFERENCE in parts.scores.datasets and not new:  # where it is hidden or asked for, popularity answers, as in `best_on`
-            found["imagenet"] = np.nan_to_num(scores[r.datasets.index(REFERENCE)], nan=-1.) if REFERENCE in r.datasets and REFERENCE != dataset and REFERENCE not in without else found["popularity"]
+            row = scores[r.datasets.index(REFERENCE)] if REFERENCE in r.datasets else np.full(len(names), np.nan)
+            found["imagenet"] = np.nan_to_num(row, nan=-1.) if np.isfinite(row).any() else found["popularity"]
         found |= dict(size=parts.sizes()[order], random=rng(self.seed, "random", dataset).random(len(names)), **{name: values[order] for name, values in self.transferability(dataset).items()})
         if not new: found |= dict(oracle_neighbour=from_neighbour(parts.visible([dataset], names)[0])(scores, target))
     at = [names.index(n) for n in which]

@@ -98,8 +98,7 @@ def context(
     "What is known before the ranker looks."
     others, measured = np.isfinite(np.delete(scores, target, 0)).any(0), np.isfinite(scores[target])
     told = np.full((len(vectors), 0 if stack is None else stack.shape[1] - 2), np.nan) if told is None else told
-    value = named("base", base, BASES)(scores, target, vectors, outlines) if stack is None else (stacked(scores, target, vectors, outlines, told) * stack[np.where(others, 0, 1)]).sum(1)
-    value = (value - value.mean()) / (value.std() if value.std() > 1e-9 else 1)
+    value = standardised(named("base", base, BASES)(scores, target, vectors, outlines) if stack is None else (stacked(scores, target, vectors, outlines, told) * stack[np.where(others, 0, 1)]).sum(1))
     profile = normal_scores(np.where(np.arange(len(scores))[:, None] == target, np.nan, scores))[columns].T  # (N, columns)
     own = scores[target]
     level = np.where(measured, (own - np.nanmean(own)) / (np.nanstd(own) or 1) if measured.any() else 0, 0)

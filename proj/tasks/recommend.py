@@ -125,7 +125,7 @@ def episodes(self: RecommendTraining, r: Recommender) -> Episodes:
     groups = self.left_with()
     return Episodes(r, {n: self.parts.tokens[n] for n in r.datasets}, {n: [o for o in r.datasets if groups[o] == groups[n]] for n in r.datasets},
                     self.cfg.recommend.episodes, self.cfg.recommend.new_models or .2, self.cfg.seed,
-                    {} if r.stack is None else {n: self.systems.told(n, r.models) for n in r.datasets})
+                    {n: self.systems.told_to(r, n, r.models) for n in r.datasets})
 
 
 @patch
@@ -292,7 +292,7 @@ def examples(self: RecommendTraining, predicted, truth, names) -> dict:
     found = dict(datasets=names, models=[m for m, k in zip(self.parts.scores.models, keep) if k], truth=[[None if np.isnan(v) else v for v in row] for row in truth[:, keep].tolist()],
                  predicted=[[None if np.isnan(v) else v for v in row] for row in predicted[:, keep].tolist()])
     found["recommendation"] = repr(recommend_with(self.encoder, self.parts.tokens[names[0]], self.parts.outlines[names[0]], names[0], without=[names[0]],
-                                                  told=None if self.encoder.stack is None else self.systems.told(names[0], self.encoder.models)))
+                                                  told=self.systems.told_to(self.encoder, names[0], self.encoder.models)))
     autoencoder = self.encoder.embedder.autoencoder
     if autoencoder is None: return found
     def reconstructed(models):
